@@ -1,0 +1,465 @@
+"""Images for training: where they come from, and the two halves of augmentation.
+
+Decoding and cropping are irregular, an image at a time, and run on CPU workers; they end in uint8, a
+quarter of the bytes to move. Everything else is regular and runs on the device over the whole batch:
+
+    a file -> decode -> random resized crop -> uint8 (3, S, S)                a worker, per image
+    uint8 (B, 3, S, S) -> flip -> RandAugment -> normalise -> erase           the device, per batch
+
+Sets of small images skip the first line: they are decoded once and live on the device whole, where a
+padded random crop stands in for the resized one.
+
+Every random number is drawn from a generator named by what it is for, so it depends on the seed, the
+step and the sample alone: not on workers, not on the device, not on where a run was resumed.
+"""
+
+import difflib
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms.v2 import functional as TF
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as all published weights use
+SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
+
+
+class InputError(ValueError):
+    """What the user gave can't be used. The message is one line: what is wrong, what would be right."""
+
+
+def generator(*name):
+    """A random generator of its own for each name, such as (seed, "mix", step)."""
+    digest = hashlib.blake2b(repr(name).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def uniform(shape, *name, device="cpu"):
+    """Uniform numbers in [0, 1) from `generator(*name)`. The same on every device: drawn on the CPU."""
+    rand = torch.rand(shape, generator=generator(*name))
+    if torch.device(device).type == "cuda":
+        rand = rand.pin_memory()  # only from pinned memory is the copy asynchronous
+    return rand.to(device, non_blocking=True)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Sets: anything whose [i] is a uint8 image (3, H, W) and the number of its class.
+
+
+@dataclass
+class Sets:
+    train: Dataset
+    val: Dataset
+    classes: list  # names, by number
+    flip: bool = True  # whether a mirrored image still shows its class
+
+
+SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000
+SHAPES = ["plain", "rows", "columns", "rising", "falling", "checks", "dots", "bands", "pillars", "rings"]
+
+
+def shapes(n, seed, size=32):
+    """Scenes drawn from the seed alone: one textured object on a cluttered ground.
+
+    The object's kind is its class; its colours, place and size are chance, and so is the ground. The
+    mask of the object is known, so it is known as well how much of it a CutMix image still shows.
+
+    Returns images (n, 3, size, size) uint8, classes (n,) and masks (n, size, size) bool.
+    """
+    g = generator(seed, "shapes", n, size)
+
+    def rand(*shape, low=0.0, high=1.0):
+        return low + (high - low) * torch.rand(n, *shape, generator=g)
+
+    y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
+    classes = torch.randint(len(SHAPES), (n,), generator=g)
+
+    # The ground: a soft wash of colour and flat boxes.
+    images = F.interpolate(rand(3, 4, 4), (size, size), mode="bilinear", align_corners=False)
+    for _ in range(3):
+        cy, cx = rand(2, 1, 1, high=size).unbind(1)
+        h, w = rand(2, 1, 1, low=size / 16, high=size / 6).unbind(1)
+        box = ((y - cy).abs() < h) & ((x - cx).abs() < w)  # (n, size, size)
+        images = torch.where(box[:, None], rand(3, 1, 1), images)
+
+    # The object: a disc or a square wholly inside the image, textured in two colours that differ.
+    radius = rand(1, 1, low=0.25 * size, high=0.375 * size)
+    dy, dx = (p - radius - rand(1, 1) * (size - 2 * radius) for p in (y, x))
+    distance = (dy**2 + dx**2).sqrt()
+    square = torch.maximum(dy.abs(), dx.abs()) < 0.85 * radius
+    masks = torch.where(rand(1, 1) < 0.5, square, distance < radius)
+    period = size / 6
+
+    def wave(t):
+        return (t / period + rand(1, 1)) % 1 < 0.5
+
+    rows, cols = wave(dy), wave(dx)
+    textures = torch.stack(
+        [rows & ~rows, rows, cols, wave(dx + dy), wave(dx - dy), rows ^ cols, rows & cols, wave(dy / 2),
+         wave(dx / 2), wave(distance)],
+        dim=1,
+    )  # fmt: skip
+    texture = textures[torch.arange(n), classes][:, None]  # (n, 1, size, size)
+    dark, light = rand(3, 1, 1, high=0.4), rand(3, 1, 1, low=0.6)
+    images = torch.where(masks[:, None], torch.where(texture, dark, light), images)
+
+    images = images + 0.05 * torch.randn(images.shape, generator=g)
+    return (images.clamp(0, 1) * 255).to(torch.uint8), classes, masks
+
+
+# torchvision's sets: how many classes, what selects the part to train on and the part to validate on
+# (`train=` takes a bool, `split=` a word), and whether a mirrored image still shows its class.
+TORCHVISION = {
+    "CIFAR10": (10, True, False, True),
+    "CIFAR100": (100, True, False, True),
+    "MNIST": (10, True, False, False),
+    "KMNIST": (10, True, False, False),
+    "USPS": (10, True, False, False),
+    "FashionMNIST": (10, True, False, True),
+    "SVHN": (10, "train", "test", False),
+    "STL10": (10, "train", "test", True),
+    "GTSRB": (43, "train", "test", False),
+    "DTD": (47, "train", "test", True),
+    "Imagenette": (10, "train", "val", True),
+    "Flowers102": (102, "train", "test", True),
+    "Food101": (101, "train", "test", True),
+    "FGVCAircraft": (100, "trainval", "test", True),
+    "OxfordIIITPet": (37, "trainval", "test", True),
+    "StanfordCars": (196, "train", "test", True),
+}
+NAMES = {name.lower(): name for name in TORCHVISION}
+
+
+def open_sets(name, root="data", seed=0):
+    """The sets that `--data` names: "shapes", one of `NAMES` (downloaded to `root` if it is not
+    there), or a folder with train/ and val/, each with a folder of images a class.
+
+    Returns Sets. Raises InputError for what is unknown, missing or doesn't fit together.
+    """
+    if name == "shapes":
+        train, val = (shapes(n, s) for n, s in ((SHAPES_TRAIN, seed), (SHAPES_VAL, "val")))
+        return Sets(TensorDataset(*train[:2]), TensorDataset(*val[:2]), SHAPES, flip=False)
+    if name in NAMES:
+        count, *parts, flip = TORCHVISION[NAMES[name]]
+        make = getattr(torchvision.datasets, NAMES[name])
+        try:
+            train, val = (
+                make(root, **{"train" if isinstance(part, bool) else "split": part},
+                     transform=to_rgb, download=True)
+                for part in parts
+            )  # fmt: skip
+        except (OSError, RuntimeError, ValueError) as e:
+            reason = str(e).split("\n")[0]
+            raise InputError(f"{name} is not in {root}/ and could not be fetched: {reason}") from e
+        return Sets(train, val, list(getattr(train, "classes", range(count))), flip)
+    return open_folder(Path(name))
+
+
+def open_folder(path):
+    if not path.is_dir():
+        near = difflib.get_close_matches(str(path), ["shapes", *NAMES], cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}" if near else f"sets: shapes, {', '.join(NAMES)}"
+        raise InputError(f"no folder or set is called {str(path)!r}; {hint}?")
+    for part in ("train", "val"):
+        if not (path / part).is_dir():
+            raise InputError(f"{path} has no folder {part}/; it needs train/ and val/, a folder a class in each")
+    try:
+        train, val = (
+            torchvision.datasets.ImageFolder(path / part, loader=decode) for part in ("train", "val")
+        )
+    except FileNotFoundError as e:  # a class without images, or no class
+        raise InputError(str(e).split(" Supported")[0]) from e
+    odd = sorted(set(train.classes) ^ set(val.classes))
+    if odd:
+        part, other = ("train", "val") if odd[0] in train.classes else ("val", "train")
+        raise InputError(f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks ({len(odd)} differ); "
+                         "both must hold the same folders")  # fmt: skip
+    return Sets(train, val, train.classes)
+
+
+def decode(path):
+    """A file's image as uint8 (3, H, W), whatever its extension says: JPEG (grayscale and CMYK too),
+    PNG, WebP or GIF, turned as its EXIF tag says. Raises RuntimeError where it can't be read."""
+    image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
+    return image[0] if image.dim() == 4 else image  # the first frame of an animation
+
+
+def to_rgb(image):
+    return TF.pil_to_tensor(image.convert("RGB"))
+
+
+def native_size(dataset):
+    """The side of the images if they are all small, else 224: eight are looked at."""
+    sides = [max(dataset[i * (len(dataset) - 1) // 7][0].shape) for i in range(8)]
+    return max(sides) if max(sides) <= SMALL else 224
+
+
+# ---------------------------------------------------------------------------------------------------
+# The workers' half: decode and crop.
+
+
+def random_resized_crop(image, size, g):
+    """A box of 8 to 100 % of the image and 3/4 to 4/3 in shape, resized to (3, size, size)
+    (Szegedy et al. 2015, as torchvision's transform of that name draws it)."""
+    height, width = image.shape[-2:]
+    for area, shape, top, left in torch.rand(10, 4, generator=g).tolist():
+        area, ratio = height * width * (0.08 + 0.92 * area), (4 / 3) ** (2 * shape - 1)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top, left = int(top * (height - h + 1)), int(left * (width - w + 1))
+            break
+    else:  # a very long image: the largest box of an allowed shape, from its middle
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        top, left = (height - h) // 2, (width - w) // 2
+    return TF.resized_crop(image, top, left, h, w, [size, size], TF.InterpolationMode.BICUBIC)
+
+
+def center_crop(image, size):
+    """DeiT's evaluation crop: the shorter side to size / 0.875, bicubic, and the middle of that.
+    Of a small image, the whole: its shorter side to size."""
+    short = size if size <= SMALL else int(size / 0.875)
+    if min(image.shape[-2:]) != short:
+        image = TF.resize(image, [short], TF.InterpolationMode.BICUBIC)
+    return TF.center_crop(image, [size, size])
+
+
+class Crops(Dataset):
+    """What a worker runs. A key is (index, names): an image's number, and a generator's name for each
+    crop wanted of it, none for the evaluation crop. Returns crops, class and what failed to decode."""
+
+    def __init__(self, dataset, size):
+        self.dataset, self.size = dataset, size
+
+    def __getitem__(self, key):
+        index, names = key
+        image, target, bad = self.read(index)
+        crops = [random_resized_crop(image, self.size, generator(*name)) for name in names]
+        return torch.stack(crops or [center_crop(image, self.size)]), int(target), names, bad
+
+    def read(self, index):
+        """The image, or the next one that can be read; one in a hundred may fail (see `Stream`)."""
+        n, bad = len(self.dataset), []
+        for i in range(index, index + n // 100 + 2):
+            try:
+                return *self.dataset[i % n], bad
+            except (RuntimeError, OSError, ValueError):
+                samples = getattr(self.dataset, "samples", None)
+                bad.append(str(samples[i % n][0]) if samples else f"image {i % n}")
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, bad
+
+
+def collate(items):
+    """Crops in the order of their places, whichever images they share."""
+    crops = torch.cat([item[0] for item in items])
+    targets = torch.tensor([item[1] for item in items for _ in item[0]])
+    places = [name[-1] for item in items for name in item[2]]
+    if places:
+        order = torch.tensor(places).argsort()
+        crops, targets = crops[order], targets[order]
+    return crops, targets, [name for item in items for name in item[3]]
+
+
+def epoch_order(n, seed, epoch, repeats=1):
+    """Which image stands at each of the n places of an epoch.
+
+    With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335) an epoch takes n / repeats of
+    the images, each `repeats` times at near places, so that one decode serves all its crops: a b a b
+    a b, c d c d c d. Neighbours, which mixing pairs, are always different images.
+    """
+    place = torch.arange(n)
+    image = place // (2 * repeats) * 2 + place % 2
+    return torch.randperm(n, generator=generator(seed, "order", epoch))[image.clamp(max=n - 1)]
+
+
+class Stream:
+    """Batches of a set that is read from files: workers decode and crop, ahead of the device."""
+
+    def __init__(self, dataset, size, batch_size, seed=0, device="cpu", workers=0, repeats=1):
+        self.dataset, self.size, self.batch_size, self.seed = dataset, size, batch_size, seed
+        self.device, self.workers, self.repeats = torch.device(device), workers, repeats
+        self.steps = len(dataset) // batch_size  # an epoch's; what doesn't fill a batch is left out
+        self.bad = set()  # images that could not be decoded
+
+    def epoch(self, epoch):
+        """Training batches: (B, 3, size, size) uint8 and (B,), on the device."""
+        order = epoch_order(len(self.dataset), self.seed, epoch, self.repeats).tolist()
+        batches = []
+        for step in range(self.steps):
+            crops = {}  # of each image, the generator's name for each place it stands at
+            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
+                crops.setdefault(order[place], []).append((self.seed, "crop", epoch, place))
+            batches.append(list(crops.items()))
+        return self._load(batches)
+
+    def whole(self):
+        """All images in their order, once, in batches of evaluation crops."""
+        return self._load([[(i, ()) for i in part.tolist()] for part in
+                           torch.arange(len(self.dataset)).split(self.batch_size)])  # fmt: skip
+
+    def _load(self, batches):
+        loader = DataLoader(
+            Crops(self.dataset, self.size),
+            batch_sampler=batches,
+            num_workers=self.workers,
+            collate_fn=collate,
+            pin_memory=self.device.type == "cuda",
+        )
+        for images, targets, bad in loader:
+            self._report(bad)
+            yield (t.to(self.device, non_blocking=True) for t in (images, targets))
+
+    def _report(self, bad):
+        for name in sorted(set(bad) - self.bad):
+            print(f"cannot decode {name}: the next image takes its place", flush=True)
+        self.bad.update(bad)
+        if len(self.bad) > len(self.dataset) / 100:
+            raise InputError(f"{len(self.bad)} of {len(self.dataset)} images cannot be decoded, more than "
+                             f"one in a hundred; the last is {max(bad)}")  # fmt: skip
+
+
+class Memory:
+    """The same batches of a set of small images, which is decoded once and held on the device.
+    A padded random crop (He et al. 2016) takes the place of the resized one."""
+
+    def __init__(self, stream):
+        self.stream, self.steps, self.bad = stream, stream.steps, stream.bad
+        images, targets = zip(*stream.whole())
+        self.images, self.targets = torch.cat(images), torch.cat(targets)
+
+    def epoch(self, epoch):
+        s, n = self.stream, self.stream.batch_size
+        order = epoch_order(len(self.images), s.seed, epoch).to(s.device)
+        pad = s.size // 8
+        padded = F.pad(self.images, (pad, pad, pad, pad))
+        at = torch.arange(s.size, device=s.device)
+        for step in range(self.steps):
+            i = order[step * n : (step + 1) * n]
+            corner = uniform((n, 2), s.seed, "crop", epoch, step, device=s.device) * (2 * pad + 1)
+            rows, cols = (corner.long()[:, :, None] + at).unbind(1)  # (B, size)
+            images = padded[i[:, None, None], :, rows[:, :, None], cols[:, None, :]]
+            yield images.permute(0, 3, 1, 2), self.targets[i]
+
+    def whole(self):
+        return zip(self.images.split(1000), self.targets.split(1000))
+
+
+def load(dataset, size, *args, **kwargs):
+    """A set's batches, as `Stream` or as `Memory`: whichever fits. Arguments as for `Stream`."""
+    stream = Stream(dataset, size, *args, **kwargs)
+    small = size <= SMALL and len(dataset) * 3 * size**2 <= 2**31  # bytes
+    return Memory(stream) if small else stream
+
+
+# ---------------------------------------------------------------------------------------------------
+# The device's half: whole batches, grouped by operation.
+
+
+def augment(images, rand, flip=True, full=True):
+    """From uint8 crops to the model's input.
+
+    images: (B, 3, S, S) uint8. rand: (B, 16), uniform, on the CPU: the groups are known there, and
+    the device need not be waited for. flip: mirror half of them. full: RandAugment and erasing too.
+    Returns (B, 3, S, S) float, normalised.
+    """
+    device = images.device
+    if flip:
+        mirrored = (rand[:, 0] < 0.5).to(device, non_blocking=True)
+        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+    if full:
+        images = rand_augment(rand_augment(images, rand[:, 1:5]), rand[:, 5:9])
+    images = normalize(images)
+    return random_erase(images, rand[:, 9:16]) if full else images
+
+
+def normalize(images):
+    """uint8 (B, 3, S, S) to floats of mean 0 and deviation 1, by the channel statistics of ImageNet."""
+    return TF.normalize(images.float() / 255, MEAN, STD)
+
+
+def blend(images, other, strength):
+    """PIL's ImageEnhance: strength 0 is `other`, 1 the image, more than 1 overshoots."""
+    return torch.lerp(other.float(), images.float(), strength).round().clamp(0, 255).to(torch.uint8)
+
+
+def warp(images, a, b, tx, c, d, ty):
+    """Read each pixel (x, y) at (a x + b y + tx, c x + d y + ty), in units of half the image from its
+    centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1)."""
+    matrix = torch.stack([a, b, tx, c, d, ty], dim=-1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, images.shape, align_corners=False)
+    fill = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
+    warped = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill
+    return warped.round().clamp(0, 255).to(torch.uint8)
+
+
+# The fifteen operations of RandAugment in their increasing form, as timm's "rand-m9-mstd0.5-inc1" has
+# them. x: (B, 3, S, S) uint8; m: how much, from 0 to 1, (B, 1, 1, 1); s: m with a random sign.
+RAND_AUGMENT = [
+    lambda x, m, s: TF.autocontrast(x),
+    lambda x, m, s: TF.equalize(x),
+    lambda x, m, s: TF.invert(x),
+    lambda x, m, s: x & (256 - 2 ** (4 + (4 * m).long())).to(torch.uint8),  # posterize
+    lambda x, m, s: torch.where(x >= 256 - (256 * m).long(), 255 - x, x),  # solarize
+    lambda x, m, s: torch.where(x < 128, (x + (110 * m).long()).clamp(max=255).to(torch.uint8), x),
+    lambda x, m, s: blend(x, TF.adjust_saturation(x, 0), 1 + 0.9 * s),
+    lambda x, m, s: blend(x, TF.adjust_contrast(x, 0), 1 + 0.9 * s),
+    lambda x, m, s: blend(x, torch.zeros_like(x), 1 + 0.9 * s),  # brightness
+    lambda x, m, s: blend(x, TF.adjust_sharpness(x, 0), 1 + 0.9 * s),
+    lambda x, m, s: warp(x, (r := s * math.pi / 6).cos(), -r.sin(), 0 * s, r.sin(), r.cos(), 0 * s),
+    lambda x, m, s: warp(x, 1 + 0 * s, 0.3 * s, 0.3 * s, 0 * s, 1 + 0 * s, 0 * s),  # shear along x
+    lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0 * s, 0.3 * s, 1 + 0 * s, 0.3 * s),  # shear along y
+    lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0.9 * s, 0 * s, 1 + 0 * s, 0 * s),  # shift along x
+    lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0 * s, 0 * s, 1 + 0 * s, 0.9 * s),  # shift along y
+]
+
+
+def rand_augment(images, rand):
+    """One of the two operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719) that DeiT applies,
+    each to half of the images, at magnitude 9 of 10 with a deviation of 0.5.
+
+    images: (B, 3, S, S) uint8. rand: (B, 4), uniform, on the CPU. Returns the shape of images.
+    """
+    kind = (rand[:, 0] * len(RAND_AUGMENT)).long().masked_fill(rand[:, 1] < 0.5, len(RAND_AUGMENT))
+    m = 0.9 + 0.05 * math.sqrt(2) * torch.erfinv(2 * rand[:, 2].clamp(1e-6, 1 - 1e-6) - 1)
+    m = m.clamp(0, 1).view(-1, 1, 1, 1)
+    s = torch.where(rand[:, 3].view(-1, 1, 1, 1) < 0.5, m, -m)
+    counts = kind.bincount(minlength=len(RAND_AUGMENT) + 1).tolist()
+    device, by_kind = images.device, kind.argsort()
+    m, s, by_kind = (t.to(device, non_blocking=True) for t in (m, s, by_kind))
+    images = images.clone()
+    for apply, i in zip(RAND_AUGMENT, by_kind.split(counts)):
+        if len(i):
+            images[i] = apply(images[i], m[i], s[i])
+    return images
+
+
+def random_erase(images, rand):
+    """Fill a box with noise in a quarter of the images (Zhong et al. 2020, arXiv 1708.04896), as DeiT
+    does: 2 to 33 % of the area, 0.3 to 3.3 in shape, normal noise for each pixel.
+
+    images: (B, 3, S, S), normalised. rand: (B, 7), uniform, on the CPU. Returns the shape of images.
+    """
+    i = (rand[:, 0] < 0.25).nonzero().squeeze(1)
+    side = images.shape[-1]
+    area, shape, top, left, dy, dx = rand[i, 1:].unbind(1)
+    area, ratio = 0.02 + area * (1 / 3 - 0.02), 0.3 ** (2 * shape - 1)
+    at = torch.arange(side)
+    within = []
+    for length, start in (((area * ratio).sqrt(), top), ((area / ratio).sqrt(), left)):
+        length = (length * side).round().clamp(max=side - 1)
+        start = (start * (side - length + 1)).floor()[:, None]
+        within.append((at >= start) & (at < start + length[:, None]))
+    rows, cols = within
+    box = (rows[:, None, :, None] & cols[:, None, None, :]).to(images.device, non_blocking=True)
+    # One field of noise, rolled by chance for each image: a draw a pixel would depend on the device.
+    field = torch.randn(3, side, side, generator=generator("erase"))
+    rows, cols = (((d * side).long()[:, None] + at) % side for d in (dy, dx))
+    noise = field[:, rows[:, :, None], cols[:, None, :]].transpose(0, 1)  # (erased, 3, side, side)
+    i, noise = (t.to(images.device, non_blocking=True) for t in (i, noise))
+    images = images.clone()
+    images[i] = torch.where(box, noise, images[i])
+    return images

@@ -1,0 +1,231 @@
+"""Promises of the training script: it learns, continues, repeats, and says in one line what is wrong."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+import train as script
+import vit
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+TINY = ("--epochs", 2, "--img-size", 32, "--workers", 0, "--batch-size", 8)
+
+
+def weights(run):
+    return torch.load(run / "last.pt", weights_only=True)["model"]
+
+
+def assert_equal(a, b):
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [(), ("--targets", "area"), ("--targets", "transmix"), ("--mix", "none"), ("--mix", "mixup"),
+     ("--model", "swin_micro"), ("--drop-path", 0.2, "--clip", 1, "--augment", "full"), ("--bf16",)],
+    ids=str,
+)  # fmt: skip
+def test_a_run_leaves_weights_metrics_settings_and_a_picture(train, folder, tmp_path, flags):
+    done = train("--data", folder, *TINY, "--out", "run", *flags)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "last.pt", "best.pt", "metrics.jsonl", "config.json", "alignment.png"
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2] and lines[-1]["step"] == 6
+    assert {"train_loss", "val_top1", "val_top5", "lr", "images_per_s", "data_wait"} <= lines[0].keys()
+    assert json.loads((run / "config.json").read_text())["batch_size"] == 8
+    again = train("--data", folder, *TINY, "--out", "run", *flags)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert f"top-1 {lines[-1]['val_top1']:.2f} %" in again.stdout
+    measured = train("--eval", run / "last.pt", "--workers", 0)
+    assert f"top-1 {lines[-1]['val_top1']:.2f} %" in measured.stdout, measured.stderr
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, tmp_path, monkeypatch):
+    def run(name, stop_after=None):
+        write, calls = script.write_beside, []
+
+        def stopping(path, action):
+            write(path, action)
+            calls.append(path.name)
+            if calls.count("last.pt") == stop_after:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as m:
+            m.setattr(script, "write_beside", stopping)
+            script.main(["--data", str(folder), "--out", str(tmp_path / name), "--epochs", "3", "--img-size",
+                         "32", "--workers", "0", "--batch-size", "8", "--drop-path", "0.3"])  # fmt: skip
+
+    run("whole")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run("stopped", stop_after=1)
+    run("stopped")
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
+    histories = [[json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+                 for name in ("whole", "stopped")]  # fmt: skip
+    assert len(histories[0]) == 3 and histories[0] == histories[1]
+
+
+def test_another_run_in_the_same_folder_is_refused_and_nothing_written_over(train, folder, tmp_path):
+    assert train("--data", folder, *TINY, "--out", "run").returncode == 0
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    other = train("--data", folder, *TINY, "--out", "run", "--lr", 0.1)
+    assert other.returncode == 2 and "--no-resume" in other.stderr
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+
+
+def test_init_takes_a_checkpoint_of_another_size_and_another_number_of_classes(train, folder, tmp_path):
+    torch.manual_seed(0)
+    model = vit.vit_micro(img_size=48, num_classes=1000)
+    torch.save({"model": model.state_dict()}, tmp_path / "pretrained.pth")
+    done = train("--data", folder, *TINY, "--out", "run", "--init", "pretrained.pth", "--lr", 1e-9)
+    assert done.returncode == 0, done.stderr
+    assert "a new one is trained" in done.stdout
+    after = weights(tmp_path / "run")
+    torch.testing.assert_close(after["blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight.detach())
+    assert len(after["head.weight"]) == 2 and after["pos_embed"].shape == (1, 65, 64)
+
+
+def one_line(done, *words):
+    """Exit status 2, one line on stderr that holds the words, and no traceback."""
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("error: ")
+    assert all(word in done.stderr for word in words), done.stderr
+
+
+BAD_INPUT = {
+    "model": (["--model", "deit_smal"], ["'deit_smal'", "did you mean", "deit_small"]),
+    "set": (["--data", "cifar11"], ["cifar11", "did you mean", "cifar10"]),
+    "targets": (["--targets", "tlalign"], ["did you mean tl_align"]),
+    "flag": (["--epoch", "3"], ["--epoch,", "did you mean", "--epochs"]),
+    "word for a number": (["--epochs", "three"], ["--epochs", "'three'"]),
+    "lr nan": (["--lr", "nan"], ["--lr", "nan"]),
+    "lr inf": (["--lr", "inf"], ["--lr", "inf"]),
+    "drop path": (["--drop-path", "1"], ["--drop-path", "below 1"]),
+    "batch of one": (["--batch-size", "1"], ["--batch-size", "even", "got 1"]),
+    "batch too large": (["--batch-size", "20000"], ["20000", "10000 training images"]),
+    "image size": (["--img-size", "30"], ["patches of 4 px", "30"]),
+    "transmix with swin": (["--targets", "transmix", "--model", "swin_micro"], ["class token", "vit_micro"]),
+    "no cuda": (["--device", "cuda"], ["--device cuda", "cpu"]),
+    "no such device": (["--device", "gpu"], ["--device gpu", "cpu"]),
+    "missing folder": (["--data", "nowhere/set"], ["nowhere/set"]),
+    "missing checkpoint": (["--eval", "nowhere.pt"], ["no checkpoint nowhere.pt"]),
+}
+
+
+@pytest.mark.parametrize("args, words", BAD_INPUT.values(), ids=BAD_INPUT)
+def test_bad_input_ends_in_one_line(args, words, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        script.main(args)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.startswith("error: ") and len(err.strip().splitlines()) == 1
+    assert all(word in err for word in words), err
+    assert not list(tmp_path.iterdir())  # nothing was written
+
+
+def test_a_folder_that_is_no_set_is_told_from_one_that_is(train, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    one_line(train("--data", "empty"), "empty has no folder train/")
+    (tmp_path / "empty" / "train").mkdir()
+    one_line(train("--data", "empty"), "empty has no folder val/")
+    (folder / "val" / "grey").mkdir()
+    one_line(train("--data", folder), "grey", "no valid file")
+    (folder / "val" / "dark" / "00.jpg").rename(folder / "val" / "grey" / "00.jpg")
+    one_line(train("--data", folder), "val has a class 'grey' that train/ lacks")
+
+
+def test_files_that_do_not_decode_are_named_and_replaced_and_many_end_the_run(train, folder, tmp_path):
+    for i in range(300):  # so that two bad files are less than one in a hundred
+        (folder / "train" / "dark" / f"more{i}.jpg").hardlink_to(folder / "train" / "dark" / "00.jpg")
+    truncated, text = (folder / "train" / "light" / f"{name}.jpg" for name in ("truncated", "text"))
+    truncated.write_bytes((folder / "train" / "light" / "00.jpg").read_bytes()[:500])
+    text.write_text("not an image")
+    done = train("--data", folder, *TINY, "--out", "run")
+    assert done.returncode == 0, done.stderr
+    for path in (truncated, text):
+        assert done.stdout.count(f"cannot decode {path}") == 1
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["undecodable"] == 2
+    for i in range(12):
+        (folder / "train" / "light" / f"{i:02}.jpg").write_text("not an image")
+    one_line(train("--data", folder, *TINY, "--out", "other"), "cannot be decoded", "one in a hundred")
+
+
+def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
+    assert train("--data", folder, *TINY, "--out", "run").returncode == 0
+    best = tmp_path / "run" / "best.pt"
+    one_line(train("--eval", best, "--model", "swin_micro"), "another model")
+    one_line(train("--init", best, "--model", "deit_tiny", "--out", "new"), "another model")
+    (tmp_path / "cut.pt").write_bytes(best.read_bytes()[:5000])
+    one_line(train("--eval", "cut.pt"), "cut.pt", "damaged")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    one_line(train("--eval", "text.pt"), "text.pt")
+    (tmp_path / "file").write_text("")
+    one_line(train("--data", folder, *TINY, "--out", "file/run"), "--out file/run cannot be written")
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(train, folder, tmp_path):
+    done = train("--data", folder, *TINY, "--out", "run", "--lr", 1e30, "--warmup", 1)
+    assert done.returncode == 1 and re.search(r"the loss is (nan|inf) at step \d", done.stderr)
+    assert "Traceback" not in done.stderr
+
+
+def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
+    s = dataclasses.replace(script.Settings(), epochs=10, warmup=2, lr=1e-3)
+    rates = [script.lr_at(step, s, 100) for step in range(1001)]
+    assert rates[0] == 1e-6 and rates[200] == max(rates) == 1e-3 and rates[1000] == pytest.approx(1e-5)
+    assert rates[100] == pytest.approx((1e-6 + 1e-3) / 2) and rates[600] == pytest.approx((1e-3 + 1e-5) / 2)
+
+
+def test_only_matrices_decay():
+    for model in ("vit_micro", "swin_micro"):
+        s = dataclasses.replace(script.Settings(), model=model, img_size=32, patch_size=4, lr=1e-3, drop_path=0.0)
+        net = script.build(s, 10)
+        groups = script.optimizer(net, s).param_groups
+        names = {p: name for name, p in net.named_parameters()}
+        decay, rest = ({names[p] for p in group["params"]} for group in groups)
+        assert groups[0]["weight_decay"] == 0.05 and groups[1]["weight_decay"] == 0
+        assert decay | rest == set(names.values())
+        assert not any(n.endswith(("bias", "_token", "pos_embed", "bias_table")) or "norm" in n for n in decay)
+        assert all(n.endswith("weight") for n in decay) and "head.weight" in decay
+
+
+@pytest.mark.parametrize("model", ["deit_small", "swin_base"])
+def test_the_default_for_large_images_is_the_papers_recipe(model, folder):
+    class Large:
+        def __len__(self):
+            return 1_281_167
+
+        def __getitem__(self, i):
+            return torch.zeros(3, 375, 500), 0
+
+    sets = data.Sets(Large(), Large(), range(1000))
+    s = script.recipe(script.Settings(data="/imagenet", model=model), sets)
+    assert (s.epochs, s.batch_size, s.lr, s.weight_decay, s.smoothing) == (300, 1024, 1e-3, 0.05, 0.1)
+    assert (s.img_size, s.augment, s.mix, s.targets) == (224, "full", "cutmix", "tl_align")
+    if model == "deit_small":
+        assert (s.patch_size, s.warmup, s.drop_path, s.clip, s.repeats) == (16, 5, 0.1, 0, 3)
+    else:
+        assert (s.patch_size, s.warmup, s.drop_path, s.clip, s.repeats) == (4, 20, 0.5, 5, 1)
+
+
+def test_help_names_every_setting(train):
+    text = train("--help").stdout
+    assert all("--" + f.name.replace("_", "-") in text for f in dataclasses.fields(script.Settings))
+
+
+def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert snippets
+    for snippet in snippets:
+        exec(compile(snippet, "README.md", "exec"), {})

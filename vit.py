@@ -1,0 +1,221 @@
+"""The vision transformer, with labels that move beside the tokens.
+
+ViT (Dosovitskiy et al. 2021, arXiv 2010.11929) in the sizes of DeiT (Touvron et al. 2021, arXiv
+2012.12877). Parameters carry the official names, so DeiT's and timm's files load as they are:
+
+    model = deit_small()
+    model.load_state_dict(model.adapt(torch.load("deit_small_patch16_224.pth")["model"]))
+
+    logits = model(images)                      # as any classifier
+    logits, aligned = model(images, labels)     # and the label that arrives where the head reads
+
+The lines that concern labels stand beside the lines that they mirror and call the rules in
+`tl_align.py`; copy the two files together.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+import tl_align
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: the one place where content moves from token to token.
+
+    Explicit and fused forms give the same numbers. `fused=None` takes the fused form on CUDA, where
+    not storing the N x N matrices is what counts, and the explicit form elsewhere: on a CPU the
+    matrix is there anyway, and the labels can have it for one more product.
+    """
+
+    def __init__(self, dim, heads, fused=None):
+        super().__init__()
+        self.heads, self.fused = heads, fused
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, labels=None):
+        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        if x.is_cuda if self.fused is None else self.fused:
+            x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
+            if labels is not None:
+                labels = tl_align.align_fused(labels, q, k)
+        else:
+            attention = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, N, N)
+            x = attention @ v  # (B, h, N, d)
+            if labels is not None:
+                labels = tl_align.align(labels, attention)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)")), labels
+
+    @torch.no_grad()
+    def class_attention(self, x):
+        """How much the class token looks at each patch, averaged over heads: (B, N)."""
+        q, k, _ = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        attention = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, 1, 1 + N)
+        return attention[:, :, 0, 1:].mean(1)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, heads, fused=None):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads, fused)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = nn.Sequential(
+            OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
+        )
+
+    def forward(self, x, labels=None, keep=(None, None)):
+        moved, labels = self.attn(self.norm1(x), labels)  # tokens and labels move together
+        x = x + drop_path(moved, keep[0])
+        x = x + drop_path(self.mlp(self.norm2(x)), keep[1])  # token by token: labels stay
+        return x, labels
+
+
+def drop_path(branch, keep):
+    """Stochastic depth (Huang et al. 2016): keep is 0 or 1 / (1 - rate) for each sample."""
+    return branch if keep is None else branch * keep
+
+
+class ViT(nn.Module):
+    """img_size and patch_size are in pixels, dim is the width of a token, drop_path the rate of the
+    last block (it grows from 0). pool is what the head reads: "cls", the class token, or "avg", the
+    mean of all patches, and then there is no class token. fused: see `Attention`.
+
+    Raises ValueError when patches do not tile the image.
+    """
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        num_classes=1000,
+        dim=192,
+        depth=12,
+        heads=3,
+        drop_path=0.0,
+        pool="cls",
+        fused=None,
+    ):
+        super().__init__()
+        if img_size % patch_size:
+            raise ValueError(f"patches of {patch_size} px do not tile an image of {img_size} px")
+        if pool not in ("cls", "avg"):
+            raise ValueError(f'pool is "cls" or "avg", got {pool!r}')
+        self.img_size, self.patch_size = img_size, patch_size
+        self.depth, self.drop_path, self.pool = depth, drop_path, pool
+        tokens = (img_size // patch_size) ** 2 + (pool == "cls")
+        self.patch_embed = nn.Sequential(OrderedDict(proj=nn.Conv2d(3, dim, patch_size, patch_size)))
+        if pool == "cls":
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
+        self.blocks = nn.ModuleList(Block(dim, heads, fused) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes)
+        for name, p in self.named_parameters():
+            if name.endswith("_token") or name == "pos_embed" or (p.dim() == 2):
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith("bias") and "patch_embed" not in name:
+                nn.init.zeros_(p)
+
+    def forward(self, images, labels=None, *, transmix=False, rand=None):
+        """Logits, and where labels are given the label of what the head reads.
+
+        images: (B, 3, img_size, img_size). labels: (B, N, K), of each patch, row by row.
+        transmix: give TransMix's target instead of the aligned label; it needs the class token.
+        rand: (B, depth, 2), uniform in [0, 1): which branches drop path drops in training, for
+        callers whose runs must repeat; drawn here if None.
+        Returns (B, num_classes), or that and (B, K). Raises ValueError for any other shape.
+        """
+        x, layers, looks = self._trunk(images, labels, transmix, rand)
+        logits = self.head(self._read(x))
+        if labels is None:
+            return logits
+        return logits, tl_align.transmix(labels, looks) if transmix else self._read(layers[-1])
+
+    def layer_labels(self, images, labels):
+        """The labels after the embedding and after each block, for pictures and experiments: a list
+        of depth + 1 pairs, the patches' labels as a map (B, H, W, K) and, (B, K), the label that the
+        head would find if it read there."""
+        side, extra = self.img_size // self.patch_size, self.pool == "cls"
+        _, layers, _ = self._trunk(images, labels)
+        return [
+            (rearrange(y[:, extra:], "b (h w) k -> b h w k", h=side), self._read(y)) for y in layers
+        ]
+
+    def _read(self, x):
+        """What the head sees of tokens or labels (B, N, ...)."""
+        return x[:, 0] if self.pool == "cls" else x.mean(1)
+
+    def _trunk(self, images, labels, transmix=False, rand=None):
+        self._check(images, labels, transmix)
+        x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")
+        y = None if transmix else labels  # TransMix has no use for labels that move
+        if self.pool == "cls":
+            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+            y = None if y is None else tl_align.add_class_token(y)
+        x = x + self.pos_embed
+        layers, looks = [y], None
+        for block, keep in zip(self.blocks, self._keep(images, rand)):
+            if transmix and block is self.blocks[-1]:
+                looks = block.attn.class_attention(block.norm1(x))
+            x, y = block(x, y, keep)
+            layers.append(y)
+        return self.norm(x), layers, looks
+
+    def _keep(self, images, rand):
+        """What drop path multiplies each block's two branches with: pairs of (B, 1, 1)."""
+        if not self.training or self.drop_path == 0:
+            return [(None, None)] * self.depth
+        if rand is None:
+            rand = torch.rand(len(images), self.depth, 2, device=images.device)
+        rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
+        return rearrange((rand >= rate) / (1 - rate), "b depth two -> depth two b 1 1")
+
+    def _check(self, images, labels, transmix):
+        if images.shape[1:] != (3, self.img_size, self.img_size):
+            expected = f"(B, 3, {self.img_size}, {self.img_size})"
+            raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
+        tokens = (self.img_size // self.patch_size) ** 2
+        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (len(images), tokens)):
+            expected = f"({len(images)}, {tokens}, K), one row for each patch"
+            raise ValueError(f"labels must be {expected}, got {tuple(labels.shape)}")
+        if transmix and self.pool != "cls":
+            raise ValueError('TransMix reads the class token\'s attention, and pool="avg" has none')
+
+    def adapt(self, state):
+        """A checkpoint of another image size, fitted to this model's: the position embedding is
+        resized, bicubic as DeiT does it. state: a dict of tensors. Returns a new one."""
+        state = dict(state)
+        extra = self.pool == "cls"  # the class token's position stays as it is
+        old = state.get("pos_embed")
+        if old is not None and old.shape[1] != self.pos_embed.shape[1]:
+            side, new = int((old.shape[1] - extra) ** 0.5), self.img_size // self.patch_size
+            grid = rearrange(old[:, extra:], "1 (h w) d -> 1 d h w", h=side)
+            grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
+            grid = rearrange(grid, "1 d h w -> 1 (h w) d")
+            state["pos_embed"] = torch.cat([old[:, :extra], grid.to(old.dtype)], dim=1)
+        return state
+
+
+def deit_tiny(**kwargs):
+    """5.7 million parameters."""
+    return ViT(**{"dim": 192, "depth": 12, "heads": 3, **kwargs})
+
+
+def deit_small(**kwargs):
+    """22.1 million parameters."""
+    return ViT(**{"dim": 384, "depth": 12, "heads": 6, **kwargs})
+
+
+def deit_base(**kwargs):
+    """86.6 million parameters."""
+    return ViT(**{"dim": 768, "depth": 12, "heads": 12, **kwargs})
+
+
+def vit_micro(**kwargs):
+    """Small enough to train on a laptop's CPU."""
+    return ViT(**{"img_size": 32, "patch_size": 4, "dim": 64, "depth": 4, "heads": 2, **kwargs})

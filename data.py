@@ -59,7 +59,7 @@ class Sets:
     flip: bool = True  # whether a mirrored image still shows its class
 
 
-SHAPES_TRAIN, SHAPES_VAL = 10_000, 2_000
+SHAPES_TRAIN, SHAPES_VAL = 8_000, 2_000
 SHAPES = ["plain", "rows", "columns", "rising", "falling", "checks", "dots", "bands", "pillars", "rings"]
 
 

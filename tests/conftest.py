@@ -1,15 +1,12 @@
 """What the tests share: a small folder of images, and the script run as a user runs it."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
-ROOT = Path(__file__).parent.parent
+import train as script
 
 
 @pytest.fixture
@@ -26,12 +23,17 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def train(tmp_path):
-    """Run train.py in a folder of its own: train("--epochs", 1, ...) returns the finished process."""
+def train(tmp_path, monkeypatch, capsys):
+    """Run train.py in a folder of its own: train("--epochs", 1, ...) gives exit status and output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
     def run(*args):
-        command = [sys.executable, str(ROOT / "train.py"), *map(str, args)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        status = 0
+        try:
+            script.main([str(a) for a in args])
+        except SystemExit as end:
+            status = end.code
+        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
     return run

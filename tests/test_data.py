@@ -115,8 +115,8 @@ def test_every_operation_of_rand_augment_equals_torchvisions():
         torch.where(x < 128, (x.int() + 99).clamp(max=255), x.int()).to(torch.uint8),
         TF.adjust_saturation(x, 1.81), TF.adjust_contrast(x, 1.81), TF.adjust_brightness(x, 1.81),
         TF.adjust_sharpness(x, 1.81), TF.rotate(x, 27, **geometry),
-        TF.affine(x, 0, [0, 0], 1.0, [-shear, 0], center=[0, 0], **geometry),
-        TF.affine(x, 0, [0, 0], 1.0, [0, -shear], center=[0, 0], **geometry),
+        TF.affine(x, 0, [0, 0], 1.0, [shear, 0], center=[0, 0], **geometry),
+        TF.affine(x, 0, [0, 0], 1.0, [0, shear], center=[0, 0], **geometry),
         TF.affine(x, 0, [-0.45 * 0.9 * 32, 0], 1.0, [0, 0], **geometry),
         TF.affine(x, 0, [0, -0.45 * 0.9 * 32], 1.0, [0, 0], **geometry),
     ]  # fmt: skip

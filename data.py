@@ -100,10 +100,20 @@ def shapes(n, seed, size=32):
 
     rows, cols = wave(dy), wave(dx)
     textures = torch.stack(
-        [rows & ~rows, rows, cols, wave(dx + dy), wave(dx - dy), rows ^ cols, rows & cols, wave(dy / 2),
-         wave(dx / 2), wave(distance)],
+        [
+            rows & ~rows,
+            rows,
+            cols,
+            wave(dx + dy),
+            wave(dx - dy),
+            rows ^ cols,
+            rows & cols,
+            wave(dy / 2),
+            wave(dx / 2),
+            wave(distance),
+        ],
         dim=1,
-    )  # fmt: skip
+    )
     texture = textures[torch.arange(n), classes][:, None]  # (n, 1, size, size)
     dark, light = rand(3, 1, 1, high=0.4), rand(3, 1, 1, low=0.6)
     images = torch.where(masks[:, None], torch.where(texture, dark, light), images)
@@ -146,13 +156,9 @@ def open_sets(name, root="data", seed=0):
         return Sets(TensorDataset(*train[:2]), TensorDataset(*val[:2]), SHAPES, flip=False)
     if name in NAMES:
         count, *parts, flip = TORCHVISION[NAMES[name]]
-        make = getattr(torchvision.datasets, NAMES[name])
+        make, key = getattr(torchvision.datasets, NAMES[name]), "train" if parts[0] is True else "split"
         try:
-            train, val = (
-                make(root, **{"train" if isinstance(part, bool) else "split": part},
-                     transform=to_rgb, download=True)
-                for part in parts
-            )  # fmt: skip
+            train, val = (make(root, transform=to_rgb, download=True, **{key: part}) for part in parts)
         except (OSError, RuntimeError, ValueError) as e:
             reason = str(e).split("\n")[0]
             raise InputError(f"{name} is not in {root}/ and could not be fetched: {reason}") from e
@@ -167,7 +173,9 @@ def open_folder(path):
         raise InputError(f"no folder or set is called {str(path)!r}; {hint}?")
     for part in ("train", "val"):
         if not (path / part).is_dir():
-            raise InputError(f"{path} has no folder {part}/; it needs train/ and val/, a folder a class in each")
+            raise InputError(
+                f"{path} has no folder {part}/; it needs train/ and val/, a folder a class in each"
+            )
     try:
         train, val = (
             torchvision.datasets.ImageFolder(path / part, loader=decode) for part in ("train", "val")
@@ -177,8 +185,10 @@ def open_folder(path):
     odd = sorted(set(train.classes) ^ set(val.classes))
     if odd:
         part, other = ("train", "val") if odd[0] in train.classes else ("val", "train")
-        raise InputError(f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks ({len(odd)} differ); "
-                         "both must hold the same folders")  # fmt: skip
+        raise InputError(
+            f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks ({len(odd)} differ); "
+            "both must hold the same folders"
+        )
     return Sets(train, val, train.classes)
 
 
@@ -195,8 +205,9 @@ def to_rgb(image):
 
 def native_size(dataset):
     """The side of the images if they are all small, else 224: eight are looked at."""
-    sides = [max(dataset[i * (len(dataset) - 1) // 7][0].shape) for i in range(8)]
-    return max(sides) if max(sides) <= SMALL else 224
+    look = Crops(dataset, 224)
+    side = max(max(look.read(i * (len(dataset) - 1) // 7)[0].shape) for i in range(8))
+    return side if side <= SMALL else 224
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -273,7 +284,7 @@ def epoch_order(n, seed, epoch, repeats=1):
     """
     place = torch.arange(n)
     image = place // (2 * repeats) * 2 + place % 2
-    return torch.randperm(n, generator=generator(seed, "order", epoch))[image.clamp(max=n - 1)]
+    return torch.randperm(n, generator=generator(seed, "order", epoch))[image]
 
 
 class Stream:
@@ -287,19 +298,20 @@ class Stream:
 
     def epoch(self, epoch):
         """Training batches: (B, 3, size, size) uint8 and (B,), on the device."""
+        return self._load(self._keys(epoch))
+
+    def whole(self):
+        """All images in their order, once, in batches of evaluation crops."""
+        keys = [(i, ()) for i in range(len(self.dataset))]
+        return self._load(keys[i : i + self.batch_size] for i in range(0, len(keys), self.batch_size))
+
+    def _keys(self, epoch):
         order = epoch_order(len(self.dataset), self.seed, epoch, self.repeats).tolist()
-        batches = []
         for step in range(self.steps):
             crops = {}  # of each image, the generator's name for each place it stands at
             for place in range(step * self.batch_size, (step + 1) * self.batch_size):
                 crops.setdefault(order[place], []).append((self.seed, "crop", epoch, place))
-            batches.append(list(crops.items()))
-        return self._load(batches)
-
-    def whole(self):
-        """All images in their order, once, in batches of evaluation crops."""
-        return self._load([[(i, ()) for i in part.tolist()] for part in
-                           torch.arange(len(self.dataset)).split(self.batch_size)])  # fmt: skip
+            yield list(crops.items())
 
     def _load(self, batches):
         loader = DataLoader(
@@ -311,15 +323,17 @@ class Stream:
         )
         for images, targets, bad in loader:
             self._report(bad)
-            yield (t.to(self.device, non_blocking=True) for t in (images, targets))
+            yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
     def _report(self, bad):
         for name in sorted(set(bad) - self.bad):
             print(f"cannot decode {name}: the next image takes its place", flush=True)
         self.bad.update(bad)
         if len(self.bad) > len(self.dataset) / 100:
-            raise InputError(f"{len(self.bad)} of {len(self.dataset)} images cannot be decoded, more than "
-                             f"one in a hundred; the last is {max(bad)}")  # fmt: skip
+            raise InputError(
+                f"{len(self.bad)} of {len(self.dataset)} images cannot be decoded, more than "
+                f"one in a hundred; the last is {max(bad)}"
+            )
 
 
 class Memory:
@@ -444,22 +458,21 @@ def random_erase(images, rand):
     images: (B, 3, S, S), normalised. rand: (B, 7), uniform, on the CPU. Returns the shape of images.
     """
     i = (rand[:, 0] < 0.25).nonzero().squeeze(1)
-    side = images.shape[-1]
+    side, device = images.shape[-1], images.device
     area, shape, top, left, dy, dx = rand[i, 1:].unbind(1)
     area, ratio = 0.02 + area * (1 / 3 - 0.02), 0.3 ** (2 * shape - 1)
     at = torch.arange(side)
-    within = []
-    for length, start in (((area * ratio).sqrt(), top), ((area / ratio).sqrt(), left)):
+    within, rolled = [], []
+    for length, start, shift in (((area * ratio).sqrt(), top, dy), ((area / ratio).sqrt(), left, dx)):
         length = (length * side).round().clamp(max=side - 1)
         start = (start * (side - length + 1)).floor()[:, None]
-        within.append((at >= start) & (at < start + length[:, None]))
-    rows, cols = within
-    box = (rows[:, None, :, None] & cols[:, None, None, :]).to(images.device, non_blocking=True)
+        within.append((at >= start) & (at < start + length[:, None]))  # (erased, side)
+        rolled.append(((shift * side).long()[:, None] + at) % side)
     # One field of noise, rolled by chance for each image: a draw a pixel would depend on the device.
     field = torch.randn(3, side, side, generator=generator("erase"))
-    rows, cols = (((d * side).long()[:, None] + at) % side for d in (dy, dx))
-    noise = field[:, rows[:, :, None], cols[:, None, :]].transpose(0, 1)  # (erased, 3, side, side)
-    i, noise = (t.to(images.device, non_blocking=True) for t in (i, noise))
+    i, field, rows, cols, y, x = (t.to(device, non_blocking=True) for t in (i, field, *within, *rolled))
+    box = rows[:, None, :, None] & cols[:, None, None, :]
+    noise = field[:, y[:, :, None], x[:, None, :]].transpose(0, 1)  # (erased, 3, side, side)
     images = images.clone()
     images[i] = torch.where(box, noise, images[i])
     return images

@@ -36,9 +36,17 @@ from data import InputError, uniform
 
 MODELS = {
     make.__name__: make
-    for make in (vit.vit_micro, vit.deit_tiny, vit.deit_small, vit.deit_base,
-                 swin.swin_micro, swin.swin_tiny, swin.swin_small, swin.swin_base)
-}  # fmt: skip
+    for make in (
+        vit.vit_micro,
+        vit.deit_tiny,
+        vit.deit_small,
+        vit.deit_base,
+        swin.swin_micro,
+        swin.swin_tiny,
+        swin.swin_small,
+        swin.swin_base,
+    )
+}
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: the command line is made from them. None stands for what `recipe` finds fitting.
@@ -85,37 +93,42 @@ class Settings:
 FREE = ("root", "workers", "device", "compile", "log_every", "out", "resume", "eval")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(message)
+
+
 def parse(argv):
-    """Settings from the command line. Raises InputError; argparse itself ends --help."""
-    parser = argparse.ArgumentParser(
+    """Settings from the command line. Raises InputError for what is unknown or out of bounds."""
+    parser = Parser(
         description=__doc__.split("\n")[0], allow_abbrev=False, argument_default=argparse.SUPPRESS
     )
-    parser.error = lambda message: (_ for _ in ()).throw(InputError(message))
-    flags = []
-    for f in dataclasses.fields(Settings):
-        flags.append("--" + f.name.replace("_", "-"))
-        default = "fits data and model" if f.default is None else f.default
-        text = f.metadata["help"] + f" ({', '.join(f.metadata['choices'] or [])})" * bool(f.metadata["choices"])
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
-        parser.add_argument(flags[-1], help=f"{text} [{default}]".replace("%", "%%"), **kind)
+    fields = {"--" + f.name.replace("_", "-"): f for f in dataclasses.fields(Settings)}
+    for flag, f in fields.items():
+        choices, default = f.metadata["choices"], "fits data and model" if f.default is None else f.default
+        text = f"{f.metadata['help']}{': ' + ', '.join(choices) if choices else ''} [{default}]"
+        kind = (
+            {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type, "metavar": ""}
+        )
+        parser.add_argument(flag, help=text.replace("%", "%%"), **kind)
     given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(f"no setting is called {unknown[0]}{did_you_mean(unknown[0], flags)}; see --help")
     given = vars(given)
-    for f in dataclasses.fields(Settings):
-        value, flag, limits = given.get(f.name), "--" + f.name.replace("_", "-"), f.metadata
-        if value is None:
-            continue
-        if limits["choices"] and value not in limits["choices"]:
-            hint = did_you_mean(value, limits["choices"])
-            raise InputError(f"{flag} knows no {value!r}{hint}: it is one of {', '.join(limits['choices'])}")
-        if limits["low"] is not None and not limits["low"] <= value < limits["below"]:
-            below = "finite" if limits["below"] == math.inf else f"below {limits['below']}"
-            raise InputError(f"{flag} must be at least {limits['low']} and {below}, got {value}")
+    if unknown:
+        raise InputError(f"no setting is called {unknown[0]}{did_you_mean(unknown[0], fields)}; see --help")
+    for flag, f in fields.items():
+        value, choices, low, below = (
+            given.get(f.name),
+            *(f.metadata[k] for k in ("choices", "low", "below")),
+        )
+        if value is not None and choices and value not in choices:
+            hint = did_you_mean(value, choices)
+            raise InputError(f"{flag} knows no {value!r}{hint}; it is one of {', '.join(choices)}")
+        if value is not None and low is not None and not low <= value < below:
+            upper = "finite" if below == math.inf else f"below {below}"
+            raise InputError(f"{flag} must be at least {low} and {upper}, got {value}")
     if "eval" in given:
         saved = read_checkpoint(given["eval"]).get("settings", {})
-        kept = {k: v for k, v in saved.items() if k not in FREE}
-        given = {**kept, **given}
+        given = {k: v for k, v in saved.items() if k not in FREE} | given
     return Settings(**given)
 
 
@@ -125,17 +138,15 @@ def did_you_mean(word, words):
 
 
 def recipe(s, sets):
-    """Fill in what was not given. Large images get the paper's recipe (section 4.1; Swin's own for
-    Swin), small ones what trains small models well. Returns the complete Settings."""
-    swin_like = s.model.startswith("swin")
-    micro = s.model.endswith("micro")
+    """Fill in what was not given. Large images get the paper's recipe, or Swin's own with Swin; small
+    ones what trains small models well. Returns the complete Settings."""
+    swin_like, micro = s.model.startswith("swin"), s.model.endswith("micro")
     size = s.img_size or data.native_size(sets.train)
     large = size > data.SMALL
-    fallback = {"shapes": 4}.get(s.data, 300 if large else 100)
-    epochs = s.epochs or fallback
-    even = len(sets.train) // 2 * 2
-    batch_size = s.batch_size or min(1024 if large else 128 if s.data != "shapes" else 64, even)
-    depth_rate = {"swin_small": 0.3, "swin_base": 0.5}.get(s.model, 0.2 if swin_like else 0.1)
+    epochs = s.epochs or (4 if s.data == "shapes" else 300 if large else 100)
+    batch_size = s.batch_size or (64 if s.data == "shapes" else 1024 if large else 128)
+    batch_size = s.batch_size or min(batch_size, len(sets.train) // 2 * 2)
+    rate = {"swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.5}.get(s.model, 0.0 if micro else 0.1)
     cuda = torch.cuda.is_available() if s.device is None else s.device.startswith("cuda")
     fitting = {
         "img_size": size,
@@ -145,7 +156,7 @@ def recipe(s, sets):
         "lr": 5e-4 * batch_size / 512 if large else 3e-3 if micro else 1e-3 * batch_size / 128,
         "warmup": min(20 if swin_like else 5, epochs / 10),
         "clip": 5.0 if swin_like else 0.0,
-        "drop_path": 0.0 if micro else depth_rate,
+        "drop_path": rate,
         "augment": "full" if large else "light",
         "repeats": 3 if large and not swin_like else 1,
         "workers": min(os.cpu_count() or 1, 16),
@@ -164,21 +175,25 @@ def check(s, sets):
     if s.batch_size > len(sets.train):
         raise InputError(f"--batch-size {s.batch_size} is more than the {len(sets.train)} training images")
     if s.targets == "transmix" and s.model.startswith("swin"):
-        raise InputError("--targets transmix needs a class token and Swin has none; "
-                         "take a ViT (vit_micro, deit_tiny, ...) or --targets tl_align")  # fmt: skip
+        raise InputError(
+            "--targets transmix needs a class token and Swin has none; "
+            "take a ViT (vit_micro, deit_tiny, ...) or --targets tl_align"
+        )
     try:
         device = torch.device(s.device)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as e:
-        raise InputError(f"--device {s.device} can't be used here: {str(e).splitlines()[0]}; "
-                         "--device cpu always works") from e  # fmt: skip
+        raise InputError(
+            f"--device {s.device} can't be used here: {str(e).splitlines()[0]}; --device cpu always works"
+        ) from e
 
 
 def build(s, classes):
     small = {"window": 4} if s.model.startswith("swin") and s.img_size <= data.SMALL else {}
     try:
-        return MODELS[s.model](img_size=s.img_size, patch_size=s.patch_size, num_classes=classes,
-                               drop_path=s.drop_path, **small)  # fmt: skip
+        return MODELS[s.model](
+            img_size=s.img_size, patch_size=s.patch_size, num_classes=classes, drop_path=s.drop_path, **small
+        )
     except ValueError as e:
         raise InputError(f"--img-size does not fit {s.model}: {e}") from e
 
@@ -223,8 +238,10 @@ def load_weights(model, path, new_head=False):
     if odd:
         k = odd[0]
         this, that = (tuple(d[k].shape) if k in d else "nothing" for d in (own, state))
-        raise InputError(f"{path} is of another model: {len(odd)} parameters differ, such as {k}, "
-                         f"where this model has {this} and the file has {that}")  # fmt: skip
+        raise InputError(
+            f"{path} is of another model: {len(odd)} parameters differ, such as {k}, "
+            f"where this model has {this} and the file has {that}"
+        )
     model.load_state_dict(state)
 
 
@@ -315,8 +332,10 @@ class Meter:
         losses = torch.stack(self.pending).tolist()
         for i, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise SystemExit(f"the loss is {loss} at step {self.step + i}: the run ends here, its last "
-                                 "checkpoint is as it was; a lower --lr or --clip 1 may help")  # fmt: skip
+                raise SystemExit(
+                    f"the loss is {loss} at step {self.step + i}: the run ends here, its last "
+                    "checkpoint is as it was; a lower --lr or --clip 1 may help"
+                )
         self.losses += losses
         self.step += len(losses)
         self.pending = []
@@ -349,7 +368,9 @@ def train(s, sets, out):
         check_same_run(s, saved["settings"], out)
         first, best, history = saved["epoch"], saved["best"], saved["history"]
         if first == s.epochs:
-            print(f"{out} is finished: {first} epochs, top-1 {history[-1]['val_top1']:.2f} %, best {best:.2f} %")
+            print(
+                f"{out} is finished: {first} epochs, top-1 {history[-1]['val_top1']:.2f} %, best {best:.2f} %"
+            )
             return
         raw.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
@@ -367,8 +388,11 @@ def train(s, sets, out):
     )
     model = torch.compile(raw) if s.compile else raw  # raw keeps the official parameter names
     steps, parameters = batches.steps, sum(p.numel() for p in raw.parameters())
-    print(f"{len(sets.train)} training images, {len(sets.val)} to validate, {len(sets.classes)} classes; "
-          f"{parameters / 1e6:.1f} M parameters; {steps} steps an epoch", flush=True)  # fmt: skip
+    print(
+        f"{len(sets.train)} training images, {len(sets.val)} to validate, {len(sets.classes)} classes; "
+        f"{parameters / 1e6:.1f} M parameters; {steps} steps an epoch",
+        flush=True,
+    )
 
     step, total = first * steps, s.epochs * steps
     for epoch in range(first, s.epochs):
@@ -392,38 +416,58 @@ def train(s, sets, out):
             if step % s.log_every == 0 or step % steps == 0:
                 mean, rate, wait = meter.read()
                 left = (total - step) * s.batch_size / rate
-                print(f"epoch {epoch + 1}/{s.epochs}  step {step}/{total}  loss {mean:.4f}  lr {lr:.2e}  "
-                      f"{rate:.0f} images/s  data {wait:.0%}  left {clock(left)}", flush=True)  # fmt: skip
+                print(
+                    f"epoch {epoch + 1}/{s.epochs}  step {step}/{total}  loss {mean:.4f}  lr {lr:.2e}  "
+                    f"{rate:.0f} images/s  data {wait:.0%}  left {clock(left)}",
+                    flush=True,
+                )
 
         top1, top5 = evaluate(raw, val, s)
         mean, rate, wait = meter.epoch()
         print(f"epoch {epoch + 1}/{s.epochs}  val top-1 {top1:.2f} %  top-5 {top5:.2f} %", flush=True)
-        history.append({
-            "epoch": epoch + 1, "step": step, "train_loss": round(mean, 5), "val_top1": top1,
-            "val_top5": top5, "lr": lr, "images_per_s": round(rate, 1), "data_wait": round(wait, 4),
-            "undecodable": len(batches.bad | val.bad),
-        })  # fmt: skip
+        history.append(
+            {
+                "epoch": epoch + 1,
+                "step": step,
+                "train_loss": round(mean, 5),
+                "val_top1": top1,
+                "val_top5": top5,
+                "lr": lr,
+                "images_per_s": round(rate, 1),
+                "data_wait": round(wait, 4),
+                "undecodable": len(batches.bad | val.bad),
+            }
+        )
         improved, best = top1 > best, max(top1, best)
         saved = {
-            "model": raw.state_dict(), "optimizer": opt.state_dict(), "epoch": epoch + 1, "best": best,
-            "history": history, "settings": dataclasses.asdict(s),
-        }  # fmt: skip
-        if improved:
-            write_beside(out / "best.pt", lambda path: torch.save(saved, path))
-        write_beside(out / "last.pt", lambda path: torch.save(saved, path))
+            "model": raw.state_dict(),
+            "optimizer": opt.state_dict(),
+            "epoch": epoch + 1,
+            "best": best,
+            "history": history,
+            "settings": dataclasses.asdict(s),
+        }
         lines = "".join(json.dumps(line) + "\n" for line in history)
         write_beside(out / "metrics.jsonl", lambda path: path.write_text(lines))
+        if improved:
+            write_beside(out / "best.pt", lambda path: torch.save(saved, path))
+        if epoch + 1 == s.epochs:
+            draw(raw, sets.val, s, out / "alignment.png")
+        write_beside(out / "last.pt", lambda path: torch.save(saved, path))  # last: it says what is done
 
-    draw(raw, sets.val, s, out / "alignment.png")
-    print(f"finished: top-1 {top1:.2f} %, best {best:.2f} %; {out}/ holds the weights, the metrics and a "
-          "picture of the aligned labels")  # fmt: skip
+    print(
+        f"finished: top-1 {top1:.2f} %, best {best:.2f} %; {out}/ holds the weights, the metrics and a "
+        "picture of the aligned labels"
+    )
 
 
 def check_same_run(s, saved, out):
     for k, v in saved.items():
         if k not in FREE and getattr(s, k) != v:
-            raise InputError(f"{out} holds a run with --{k.replace('_', '-')} {v}, not {getattr(s, k)}; give "
-                             "another --out, or --no-resume to start over")  # fmt: skip
+            raise InputError(
+                f"{out} holds a run with --{k.replace('_', '-')} {v}, not {getattr(s, k)}; give "
+                "another --out, or --no-resume to start over"
+            )
 
 
 def clock(seconds):
@@ -469,7 +513,8 @@ def draw(model, dataset, s, path, rows=5, most=7):
     for row in range(rows):
         for column, (title, pictures, read) in enumerate(columns):
             top, left = row * (height + GAP), column * width
-            cell = F.interpolate(pictures[2 * row, None], (CELL, CELL), mode="nearest")[0]
+            mode = "nearest" if pictures.shape[-1] <= CELL else "area"
+            cell = F.interpolate(pictures[2 * row, None], (CELL, CELL), mode=mode)[0]
             canvas[:, top + CAPTION : top + height, left : left + CELL] = cell.to(torch.uint8)
             boxes.append([left, top, left + CELL - 1, top + height - 1])
             captions.append(title if read is None else f"{title}: {read[2 * row].item():.2f}")

@@ -142,9 +142,7 @@ class ViT(nn.Module):
         head would find if it read there."""
         side, extra = self.img_size // self.patch_size, self.pool == "cls"
         _, layers, _ = self._trunk(images, labels)
-        return [
-            (rearrange(y[:, extra:], "b (h w) k -> b h w k", h=side), self._read(y)) for y in layers
-        ]
+        return [(rearrange(y[:, extra:], "b (h w) k -> b h w k", h=side), self._read(y)) for y in layers]
 
     def _read(self, x):
         """What the head sees of tokens or labels (B, N, ...)."""
@@ -190,14 +188,15 @@ class ViT(nn.Module):
         """A checkpoint of another image size, fitted to this model's: the position embedding is
         resized, bicubic as DeiT does it. state: a dict of tensors. Returns a new one."""
         state = dict(state)
-        extra = self.pool == "cls"  # the class token's position stays as it is
-        old = state.get("pos_embed")
-        if old is not None and old.shape[1] != self.pos_embed.shape[1]:
-            side, new = int((old.shape[1] - extra) ** 0.5), self.img_size // self.patch_size
-            grid = rearrange(old[:, extra:], "1 (h w) d -> 1 d h w", h=side)
-            grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
-            grid = rearrange(grid, "1 d h w -> 1 (h w) d")
-            state["pos_embed"] = torch.cat([old[:, :extra], grid.to(old.dtype)], dim=1)
+        if "pos_embed" in state:
+            extra = int(self.pool == "cls")  # the class token's position stays as it is
+            token, grid = state["pos_embed"].tensor_split([extra], dim=1)
+            old, new = round(grid.shape[1] ** 0.5), self.img_size // self.patch_size
+            if old != new and old**2 == grid.shape[1]:
+                grid = rearrange(grid, "1 (h w) d -> 1 d h w", h=old).float()
+                grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
+                grid = rearrange(grid, "1 d h w -> 1 (h w) d").to(token.dtype)
+                state["pos_embed"] = torch.cat([token, grid], dim=1)
         return state
 
 

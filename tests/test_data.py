@@ -77,7 +77,6 @@ def test_random_resized_crops_have_the_reference_distribution():
         ramp = torch.arange(200).expand(3, 200, 200).to(torch.uint8)
         crop = data.random_resized_crop(ramp, 64, data.generator(i)).float()
         boxes.append(crop[0, 0, -1] - crop[0, 0, 0])
-    g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     reference = []
     for _ in range(2000):
@@ -111,15 +110,22 @@ def test_every_operation_of_rand_augment_equals_torchvisions():
     geometry = {"interpolation": TF.InterpolationMode.BILINEAR, "fill": fill}
     shear = math.degrees(math.atan(0.27))
     expected = [
-        TF.autocontrast(x), TF.equalize(x), TF.invert(x), TF.posterize(x, 1), TF.solarize(x, 26),
+        TF.autocontrast(x),
+        TF.equalize(x),
+        TF.invert(x),
+        TF.posterize(x, 1),
+        TF.solarize(x, 26),
         torch.where(x < 128, (x.int() + 99).clamp(max=255), x.int()).to(torch.uint8),
-        TF.adjust_saturation(x, 1.81), TF.adjust_contrast(x, 1.81), TF.adjust_brightness(x, 1.81),
-        TF.adjust_sharpness(x, 1.81), TF.rotate(x, 27, **geometry),
+        TF.adjust_saturation(x, 1.81),
+        TF.adjust_contrast(x, 1.81),
+        TF.adjust_brightness(x, 1.81),
+        TF.adjust_sharpness(x, 1.81),
+        TF.rotate(x, 27, **geometry),
         TF.affine(x, 0, [0, 0], 1.0, [shear, 0], center=[0, 0], **geometry),
         TF.affine(x, 0, [0, 0], 1.0, [0, shear], center=[0, 0], **geometry),
         TF.affine(x, 0, [-0.45 * 0.9 * 32, 0], 1.0, [0, 0], **geometry),
         TF.affine(x, 0, [0, -0.45 * 0.9 * 32], 1.0, [0, 0], **geometry),
-    ]  # fmt: skip
+    ]
     for i, (apply, theirs) in enumerate(zip(data.RAND_AUGMENT, expected, strict=True)):
         difference = (apply(x, m, m).int() - theirs.int()).abs().float()
         assert difference.median() <= 1 and difference.mean() < 4, f"operation {i}"

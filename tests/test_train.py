@@ -29,17 +29,29 @@ def assert_equal(a, b):
 
 @pytest.mark.parametrize(
     "flags",
-    [(), ("--targets", "area"), ("--targets", "transmix"), ("--mix", "none"), ("--mix", "mixup"),
-     ("--model", "swin_micro"), ("--drop-path", 0.2, "--clip", 1, "--augment", "full"), ("--bf16",)],
+    [
+        (),
+        ("--targets", "area"),
+        ("--targets", "transmix"),
+        ("--mix", "none"),
+        ("--mix", "mixup"),
+        ("--model", "swin_micro"),
+        ("--drop-path", 0.2, "--clip", 1, "--augment", "full"),
+        ("--bf16",),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_a_run_leaves_weights_metrics_settings_and_a_picture(train, folder, tmp_path, flags):
     done = train("--data", folder, *TINY, "--out", "run", *flags)
     assert done.status == 0, done.err
     run = tmp_path / "run"
     assert {p.name for p in run.iterdir()} == {
-        "last.pt", "best.pt", "metrics.jsonl", "config.json", "alignment.png"
-    }  # fmt: skip
+        "last.pt",
+        "best.pt",
+        "metrics.jsonl",
+        "config.json",
+        "alignment.png",
+    }
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[-1]["step"] == 6
     assert {"train_loss", "val_top1", "val_top5", "lr", "images_per_s", "data_wait"} <= lines[0].keys()
@@ -63,8 +75,24 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, tmp_path, mon
 
         with monkeypatch.context() as m:
             m.setattr(script, "write_beside", stopping)
-            script.main(["--data", str(folder), "--out", str(tmp_path / name), "--epochs", "3", "--img-size",
-                         "32", "--workers", "0", "--batch-size", "8", "--drop-path", "0.3"])  # fmt: skip
+            script.main(
+                [
+                    "--data",
+                    str(folder),
+                    "--out",
+                    str(tmp_path / name),
+                    "--epochs",
+                    "3",
+                    "--img-size",
+                    "32",
+                    "--workers",
+                    "0",
+                    "--batch-size",
+                    "8",
+                    "--drop-path",
+                    "0.3",
+                ]
+            )
 
     run("whole")
     for _ in range(2):
@@ -72,8 +100,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, tmp_path, mon
             run("stopped", stop_after=1)
     run("stopped")
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
-    histories = [[json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
-                 for name in ("whole", "stopped")]  # fmt: skip
+    histories = [
+        [json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
+        for name in ("whole", "stopped")
+    ]
     assert len(histories[0]) == 3 and histories[0] == histories[1]
 
 
@@ -191,14 +221,18 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
 
 def test_only_matrices_decay():
     for model in ("vit_micro", "swin_micro"):
-        s = dataclasses.replace(script.Settings(), model=model, img_size=32, patch_size=4, lr=1e-3, drop_path=0.0)
+        s = dataclasses.replace(
+            script.Settings(), model=model, img_size=32, patch_size=4, lr=1e-3, drop_path=0.0
+        )
         net = script.build(s, 10)
         groups = script.optimizer(net, s).param_groups
         names = {p: name for name, p in net.named_parameters()}
         decay, rest = ({names[p] for p in group["params"]} for group in groups)
         assert groups[0]["weight_decay"] == 0.05 and groups[1]["weight_decay"] == 0
         assert decay | rest == set(names.values())
-        assert not any(n.endswith(("bias", "_token", "pos_embed", "bias_table")) or "norm" in n for n in decay)
+        assert not any(
+            n.endswith(("bias", "_token", "pos_embed", "bias_table")) or "norm" in n for n in decay
+        )
         assert all(n.endswith("weight") for n in decay) and "head.weight" in decay
 
 

@@ -113,6 +113,8 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_written_over(trai
     other = train("--data", folder, *TINY, "--out", "run", "--lr", 0.1)
     assert other.status == 2 and "--no-resume" in other.err
     assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    over = train("--data", folder, *TINY, "--out", "run", "--seed", 1, "--no-resume")
+    assert over.status == 0 and "epoch 1/2" in over.out
 
 
 def test_init_takes_a_checkpoint_of_another_size_and_another_number_of_classes(train, folder, tmp_path):

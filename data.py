@@ -60,7 +60,7 @@ class Sets:
 
 
 SHAPES_TRAIN, SHAPES_VAL = 8_000, 2_000
-SHAPES = ["plain", "rows", "columns", "rising", "falling", "checks", "dots", "bands", "pillars", "rings"]
+SHAPES = ["plain", "rows", "columns", "rising", "falling", "checks", "dots", "lines", "bars", "rings"]
 
 
 def shapes(n, seed, size=32):
@@ -108,8 +108,8 @@ def shapes(n, seed, size=32):
             wave(dx - dy),
             rows ^ cols,
             rows & cols,
-            wave(dy / 2),
-            wave(dx / 2),
+            wave(2 * dy),
+            wave(2 * dx),
             wave(distance),
         ],
         dim=1,

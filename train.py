@@ -143,7 +143,7 @@ def recipe(s, sets):
     swin_like, micro = s.model.startswith("swin"), s.model.endswith("micro")
     size = s.img_size or data.native_size(sets.train)
     large = size > data.SMALL
-    epochs = s.epochs or (5 if s.data == "shapes" else 300 if large else 100)
+    epochs = s.epochs or (4 if s.data == "shapes" else 300 if large else 100)
     batch_size = s.batch_size or (64 if s.data == "shapes" else 1024 if large else 128)
     batch_size = s.batch_size or min(batch_size, len(sets.train) // 2 * 2)
     rate = {"swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.5}.get(s.model, 0.0 if micro else 0.1)

@@ -14,6 +14,7 @@ step and the sample alone: not on workers, not on the device, not on where a run
 """
 
 import difflib
+import functools
 import hashlib
 import math
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as all published weights use
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT's and Microsoft's weights use
 SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
 
 
@@ -158,7 +159,12 @@ def open_sets(name, root="data", seed=0):
         count, *parts, flip = TORCHVISION[NAMES[name]]
         make, key = getattr(torchvision.datasets, NAMES[name]), "train" if parts[0] is True else "split"
         try:
-            train, val = (make(root, transform=to_rgb, download=True, **{key: part}) for part in parts)
+            try:  # what is there already; torchvision can no longer fetch all of its sets
+                train, val = (make(root, transform=to_rgb, **{key: part}) for part in parts)
+            except RuntimeError:
+                train, val = (make(root, transform=to_rgb, download=True, **{key: part}) for part in parts)
+        except ImportError as e:
+            raise InputError(f"torchvision reads {name} with another package: {e}; install it first") from e
         except (OSError, RuntimeError, ValueError) as e:
             reason = str(e).split("\n")[0]
             raise InputError(f"{name} is not in {root}/ and could not be fetched: {reason}") from e
@@ -170,7 +176,7 @@ def open_folder(path):
     if not path.is_dir():
         near = difflib.get_close_matches(str(path), ["shapes", *NAMES], cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}" if near else f"sets: shapes, {', '.join(NAMES)}"
-        raise InputError(f"no folder or set is called {str(path)!r}; {hint}?")
+        raise InputError(f"no folder or set is called {str(path)!r}; {hint}")
     for part in ("train", "val"):
         if not (path / part).is_dir():
             raise InputError(
@@ -196,6 +202,8 @@ def decode(path):
     """A file's image as uint8 (3, H, W), whatever its extension says: JPEG (grayscale and CMYK too),
     PNG, WebP or GIF, turned as its EXIF tag says. Raises RuntimeError where it can't be read."""
     image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
+    if image.dtype == torch.uint16:  # a PNG of 16 bits a channel
+        image = (image.int() // 256).to(torch.uint8)
     return image[0] if image.dim() == 4 else image  # the first frame of an animation
 
 
@@ -332,7 +340,7 @@ class Stream:
         if len(self.bad) > len(self.dataset) / 100:
             raise InputError(
                 f"{len(self.bad)} of {len(self.dataset)} images cannot be decoded, more than "
-                f"one in a hundred; the last is {max(bad)}"
+                f"one in a hundred; the last is {bad[-1]}"
             )
 
 
@@ -390,9 +398,23 @@ def augment(images, rand, flip=True, full=True):
     return random_erase(images, rand[:, 9:16]) if full else images
 
 
+@functools.cache
+def channels(device):
+    """MEAN and STD as (2, 3, 1, 1), brought to the device once: a copy a step would wait for it."""
+    return torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(device)
+
+
+@functools.cache
+def noise_field(side, device):
+    """One field of normal noise (3, side, side) that erasing rolls by chance for each image: a draw a
+    pixel would depend on the device."""
+    return torch.randn(3, side, side, generator=generator("erase")).to(device)
+
+
 def normalize(images):
     """uint8 (B, 3, S, S) to floats of mean 0 and deviation 1, by the channel statistics of ImageNet."""
-    return TF.normalize(images.float() / 255, MEAN, STD)
+    mean, std = channels(images.device)
+    return (images.float() / 255 - mean) / std
 
 
 def blend(images, other, strength):
@@ -405,7 +427,7 @@ def warp(images, a, b, tx, c, d, ty):
     centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1)."""
     matrix = torch.stack([a, b, tx, c, d, ty], dim=-1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    fill = torch.tensor(MEAN, device=images.device).view(3, 1, 1) * 255
+    fill = channels(images.device)[0] * 255
     warped = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill
     return warped.round().clamp(0, 255).to(torch.uint8)
 
@@ -468,11 +490,9 @@ def random_erase(images, rand):
         start = (start * (side - length + 1)).floor()[:, None]
         within.append((at >= start) & (at < start + length[:, None]))  # (erased, side)
         rolled.append(((shift * side).long()[:, None] + at) % side)
-    # One field of noise, rolled by chance for each image: a draw a pixel would depend on the device.
-    field = torch.randn(3, side, side, generator=generator("erase"))
-    i, field, rows, cols, y, x = (t.to(device, non_blocking=True) for t in (i, field, *within, *rolled))
+    i, rows, cols, y, x = (t.to(device, non_blocking=True) for t in (i, *within, *rolled))
     box = rows[:, None, :, None] & cols[:, None, None, :]
-    noise = field[:, y[:, :, None], x[:, None, :]].transpose(0, 1)  # (erased, 3, side, side)
+    noise = noise_field(side, device)[:, y[:, :, None], x[:, None, :]].transpose(0, 1)  # (erased, 3, side, side)
     images = images.clone()
     images[i] = torch.where(box, noise, images[i])
     return images

@@ -77,7 +77,7 @@ class Settings:
     drop_path: float = option(None, "rate of stochastic depth in the last block", low=0, below=1)
     augment: str = option(None, "light: crop and flip; full: RandAugment and erasing too", ["light", "full"])
     repeats: int = option(None, "crops of an image in a batch (repeated augmentation)", low=1)
-    seed: int = option(0, "all randomness is a function of it", low=0)
+    seed: int = option(0, "all randomness is a function of it", low=0, below=2**63)
     workers: int = option(None, "processes that decode images", low=0)
     device: str = option(None, "cpu, cuda or cuda:N; the first GPU if there is one")
     bf16: bool = option(None, "compute in bfloat16 (autocast); the default on CUDA")
@@ -170,6 +170,21 @@ def recipe(s, sets):
 
 def check(s, sets):
     """What only shows when settings and data are known. Raises InputError."""
+    try:
+        device = torch.device(s.device)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("it is neither cpu nor cuda")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise InputError(
+            f"--device {s.device} can't be used here: {str(e).splitlines()[0]}; --device cpu always works"
+        ) from e
+    if s.eval:
+        return
+    if len(sets.train) < 2:
+        raise InputError(f"{s.data} has {len(sets.train)} training image; at least two are needed")
+    if s.repeats > 1 and s.img_size <= data.SMALL:
+        raise InputError(f"--repeats is for images above {data.SMALL} px, not for sets held in memory")
     if s.mix != "none" and s.batch_size % 2:
         raise InputError(f"--batch-size must be even, for images are mixed two by two; got {s.batch_size}")
     if s.batch_size > len(sets.train):
@@ -179,13 +194,6 @@ def check(s, sets):
             "--targets transmix needs a class token and Swin has none; "
             "take a ViT (vit_micro, deit_tiny, ...) or --targets tl_align"
         )
-    try:
-        device = torch.device(s.device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise InputError(
-            f"--device {s.device} can't be used here: {str(e).splitlines()[0]}; --device cpu always works"
-        ) from e
 
 
 def build(s, classes):
@@ -254,7 +262,7 @@ def lr_at(step, s, steps):
     steps: of an epoch."""
     warmup, total = s.warmup * steps, s.epochs * steps
     if step < warmup:
-        return 1e-6 + (s.lr - 1e-6) * step / warmup
+        return (start := min(1e-6, s.lr)) + (s.lr - start) * step / warmup
     final = min(1e-5, s.lr)
     return final + (s.lr - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
@@ -355,8 +363,6 @@ def train(s, sets, out):
     device = torch.device(s.device)
     torch.manual_seed(s.seed)
     raw = build(s, len(sets.classes))
-    if s.init:
-        load_weights(raw, s.init, new_head=True)
     raw.to(device)
     opt = optimizer(raw, s)
 
@@ -365,6 +371,8 @@ def train(s, sets, out):
     first, best, history = 0, -1.0, []
     if s.resume and (out / "last.pt").exists():
         saved = read_checkpoint(out / "last.pt")
+        if "settings" not in saved:
+            raise InputError(f"{out}/last.pt is not of a run of this script; give another --out")
         check_same_run(s, saved["settings"], out)
         first, best, history = saved["epoch"], saved["best"], saved["history"]
         if first == s.epochs:
@@ -375,6 +383,8 @@ def train(s, sets, out):
         raw.load_state_dict(saved["model"])
         opt.load_state_dict(saved["optimizer"])
         print(f"{out}: going on after epoch {first} of {s.epochs}")
+    elif s.init:
+        load_weights(raw, s.init, new_head=True)
     try:
         out.mkdir(parents=True, exist_ok=True)
         if not s.resume:

@@ -98,6 +98,10 @@ def test_files_are_read_by_what_they_hold_and_not_by_their_name(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     smooth.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     assert (data.decode(tmp_path / "cmyk.jpg").float().mean((1, 2)) - colour).abs().max() < 6
+    deep = TF.to_pil_image(torch.full((1, 4, 5), 25700, dtype=torch.int16))  # 16 bits a pixel
+    deep.save(tmp_path / "deep.png")
+    assert data.decode(tmp_path / "deep.png").dtype == torch.uint8
+    assert (data.decode(tmp_path / "deep.png") == 100).all()
     assert data.decode(tmp_path / "gray.jpg").shape == (3, 20, 30)
     assert data.decode(tmp_path / "turned.jpg").shape == (3, 30, 20)
 
@@ -154,7 +158,7 @@ def test_erasing_fills_boxes_of_the_right_size_in_a_quarter_of_the_images():
 def test_torchvisions_sets_are_opened_with_the_splits_that_they_have(monkeypatch):
     made = []
 
-    def make(root, transform, download, **part):
+    def make(root, transform, download=False, **part):
         made.append(part)
         image = TF.to_pil_image(torch.zeros(1, 28, 28, dtype=torch.uint8))  # grayscale
         return TensorDataset(transform(image).expand(4, 3, 28, 28), torch.arange(4))

@@ -124,6 +124,9 @@ def test_init_takes_a_checkpoint_of_another_size_and_another_number_of_classes(t
     done = train("--data", folder, *TINY, "--out", "run", "--init", "pretrained.pth", "--lr", 1e-9)
     assert done.status == 0, done.err
     assert "a new one is trained" in done.out
+    (tmp_path / "pretrained.pth").unlink()  # a run that has begun does not need it any more
+    again = train("--data", folder, *TINY, "--out", "run", "--init", "pretrained.pth", "--lr", 1e-9)
+    assert again.status == 0 and "is finished" in again.out, again.err
     after = weights(tmp_path / "run")
     torch.testing.assert_close(after["blocks.0.attn.qkv.weight"], model.blocks[0].attn.qkv.weight.detach())
     assert len(after["head.weight"]) == 2 and after["pos_embed"].shape == (1, 65, 64)
@@ -150,6 +153,9 @@ BAD_INPUT = {
     "image size": (["--img-size", "30"], ["patches of 4 px", "30"]),
     "transmix with swin": (["--targets", "transmix", "--model", "swin_micro"], ["class token", "vit_micro"]),
     "no cuda": (["--device", "cuda"], ["--device cuda", "cpu"]),
+    "meta device": (["--device", "meta"], ["--device meta", "neither cpu nor cuda"]),
+    "seed too large": (["--seed", str(2**64)], ["--seed", "below"]),
+    "repeats of small images": (["--repeats", "3"], ["--repeats", "64 px"]),
     "no such device": (["--device", "gpu"], ["--device gpu", "cpu"]),
     "missing folder": (["--data", "nowhere/set"], ["nowhere/set"]),
     "missing checkpoint": (["--eval", "nowhere.pt"], ["no checkpoint nowhere.pt"]),

@@ -26,7 +26,7 @@ import torchvision
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT's and Microsoft's weights use
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT and Swin use
 SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
 
 
@@ -492,7 +492,7 @@ def random_erase(images, rand):
         rolled.append(((shift * side).long()[:, None] + at) % side)
     i, rows, cols, y, x = (t.to(device, non_blocking=True) for t in (i, *within, *rolled))
     box = rows[:, None, :, None] & cols[:, None, None, :]
-    noise = noise_field(side, device)[:, y[:, :, None], x[:, None, :]].transpose(0, 1)  # (erased, 3, side, side)
+    noise = noise_field(side, device)[:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
     images = images.clone()
-    images[i] = torch.where(box, noise, images[i])
+    images[i] = torch.where(box, noise.transpose(0, 1), images[i])
     return images

@@ -31,7 +31,7 @@ class Attention(nn.Module):
     no N x N matrix is stored for the backward pass, and the explicit form elsewhere: there the labels
     reuse the matrix that the tokens made, where the fused form computes it again for them. A training
     step with labels on two CPU cores was 5 to 12 % faster in explicit form for the micro models and
-    Swin-T, and even for DeiT-S.
+    Swin-T, and level for DeiT-S.
     """
 
     def __init__(self, dim, heads, fused=None):

@@ -10,13 +10,15 @@ Sets of small images skip the first line: they are decoded once and live on the 
 padded random crop stands in for the resized one.
 
 Every random number is drawn from a generator named by what it is for, so it depends on the seed, the
-step and the sample alone: not on workers, not on the device, not on where a run was resumed.
+step and the sample alone: not on workers or processes, not on the device, not on where a run was resumed.
 """
 
 import difflib
 import functools
 import hashlib
+import itertools
 import math
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT and Swin use
 SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
+PART = 96  # images that a worker brings at a time: several workers then fill one batch
 
 
 class InputError(ValueError):
@@ -40,12 +43,21 @@ def generator(*name):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
-def uniform(shape, *name, device="cpu"):
-    """Uniform numbers in [0, 1) from `generator(*name)`. The same on every device: drawn on the CPU."""
-    rand = torch.rand(shape, generator=generator(*name))
+def uniform(shape, *name):
+    """Uniform numbers in [0, 1) from `generator(*name)`, on the CPU: the same for every device."""
+    return torch.rand(shape, generator=generator(*name))
+
+
+def bring(x, device):
+    """A CPU tensor on the device, which is not waited for: only from pinned memory is that so."""
     if torch.device(device).type == "cuda":
-        rand = rand.pin_memory()  # only from pinned memory is the copy asynchronous
-    return rand.to(device, non_blocking=True)
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
+def did_you_mean(word, words):
+    near = difflib.get_close_matches(word, words)
+    return f", did you mean {' or '.join(near)}?" if near else ""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -174,9 +186,9 @@ def open_sets(name, root="data", seed=0):
 
 def open_folder(path):
     if not path.is_dir():
-        near = difflib.get_close_matches(str(path), ["shapes", *NAMES], cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}" if near else f"sets: shapes, {', '.join(NAMES)}"
-        raise InputError(f"no folder or set is called {str(path)!r}; {hint}")
+        sets = ["shapes", *NAMES]
+        hint = did_you_mean(str(path).lower(), sets) or f"; sets: {', '.join(sets)}"
+        raise InputError(f"no folder or set is called {str(path)!r}{hint}")
     for part in ("train", "val"):
         if not (path / part).is_dir():
             raise InputError(
@@ -212,7 +224,7 @@ def to_rgb(image):
 
 
 def native_size(dataset):
-    """The side of the images if they are all small, else 224: eight are looked at."""
+    """The side of the images in pixels if they are all small, else 224: eight are looked at."""
     look = Crops(dataset, 224)
     side = max(max(look.read(i * (len(dataset) - 1) // 7)[0].shape) for i in range(8))
     return side if side <= SMALL else 224
@@ -296,52 +308,69 @@ def epoch_order(n, seed, epoch, repeats=1):
 
 
 class Stream:
-    """Batches of a set that is read from files: workers decode and crop, ahead of the device."""
+    """Batches of a set that is read from files: workers decode and crop, ahead of the device.
 
-    def __init__(self, dataset, size, batch_size, seed=0, device="cpu", workers=0, repeats=1):
+    batch_size: images a step, of all processes together. rows: which of them are this process's, from
+    and to. repeats: crops of an image in an epoch. Images that can't be decoded are named, replaced by
+    the next and counted in `bad`; InputError is raised when they are more than one in a hundred."""
+
+    def __init__(self, dataset, size, batch_size, rows=None, seed=0, device="cpu", workers=0, repeats=1):
         self.dataset, self.size, self.batch_size, self.seed = dataset, size, batch_size, seed
+        self.first, self.end = rows or (0, batch_size)
         self.device, self.workers, self.repeats = torch.device(device), workers, repeats
         self.steps = len(dataset) // batch_size  # an epoch's; what doesn't fill a batch is left out
-        self.bad = set()  # images that could not be decoded
+        self.bad = set()
 
-    def epoch(self, epoch):
-        """Training batches: (B, 3, size, size) uint8 and (B,), on the device."""
-        return self._load(self._keys(epoch))
+    def epoch(self, epoch, skip=0):
+        """Training batches from step `skip` on: (rows, 3, size, size) uint8 and (rows,), on the device."""
+        parts = self._load(self._keys(epoch, skip))
+        for _ in range(skip, self.steps):
+            images, targets = zip(*itertools.islice(parts, math.ceil((self.end - self.first) / PART)))
+            yield torch.cat(images), torch.cat(targets)
 
-    def whole(self):
-        """All images in their order, once, in batches of evaluation crops."""
-        keys = [(i, ()) for i in range(len(self.dataset))]
-        return self._load(keys[i : i + self.batch_size] for i in range(0, len(keys), self.batch_size))
+    def whole(self, first=0, every=1):
+        """Each image once, in order, as batches of evaluation crops; or every n-th from the first."""
+        keys = [(i, ()) for i in range(first, len(self.dataset), every)]
+        return self._load(keys[i : i + PART] for i in range(0, len(keys), PART))
 
-    def _keys(self, epoch):
+    def _keys(self, epoch, skip):
         order = epoch_order(len(self.dataset), self.seed, epoch, self.repeats).tolist()
-        for step in range(self.steps):
-            crops = {}  # of each image, the generator's name for each place it stands at
-            for place in range(step * self.batch_size, (step + 1) * self.batch_size):
-                crops.setdefault(order[place], []).append((self.seed, "crop", epoch, place))
-            yield list(crops.items())
+        for start in range(skip * self.batch_size, self.steps * self.batch_size, self.batch_size):
+            rows = range(start + self.first, start + self.end)
+            for part in (rows[i : i + PART] for i in range(0, len(rows), PART)):
+                crops = {}  # of each image, the generator's name for each place it stands at
+                for place in part:
+                    crops.setdefault(order[place], []).append((self.seed, "crop", epoch, place))
+                yield list(crops.items())
 
-    def _load(self, batches):
+    def _load(self, parts):
         loader = DataLoader(
             Crops(self.dataset, self.size),
-            batch_sampler=batches,
+            batch_sampler=parts,
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals,
         )
         for images, targets, bad in loader:
-            self._report(bad)
+            self.report(bad)
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def _report(self, bad):
+    def report(self, bad):
         for name in sorted(set(bad) - self.bad):
             print(f"cannot decode {name}: the next image takes its place", flush=True)
         self.bad.update(bad)
         if len(self.bad) > len(self.dataset) / 100:
             raise InputError(
                 f"{len(self.bad)} of {len(self.dataset)} images cannot be decoded, more than "
-                f"one in a hundred; the last is {bad[-1]}"
+                f"one in a hundred; one is {min(self.bad)}"
             )
+
+
+def leave_signals(worker):
+    """A signal to the whole group of processes is for the training script to answer, not a worker."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Memory:
@@ -349,32 +378,36 @@ class Memory:
     A padded random crop (He et al. 2016) takes the place of the resized one."""
 
     def __init__(self, stream):
-        self.stream, self.steps, self.bad = stream, stream.steps, stream.bad
+        self.stream, self.steps, self.bad, self.report = stream, stream.steps, stream.bad, stream.report
         images, targets = zip(*stream.whole())
         self.images, self.targets = torch.cat(images), torch.cat(targets)
 
-    def epoch(self, epoch):
+    def epoch(self, epoch, skip=0):
         s, n = self.stream, self.stream.batch_size
         order = epoch_order(len(self.images), s.seed, epoch).to(s.device)
         pad = s.size // 8
         padded = F.pad(self.images, (pad, pad, pad, pad))
         at = torch.arange(s.size, device=s.device)
-        for step in range(self.steps):
-            i = order[step * n : (step + 1) * n]
-            corner = uniform((n, 2), s.seed, "crop", epoch, step, device=s.device) * (2 * pad + 1)
-            rows, cols = (corner.long()[:, :, None] + at).unbind(1)  # (B, size)
+        for step in range(skip, self.steps):
+            i = order[step * n + s.first : step * n + s.end]
+            corner = uniform((n, 2), s.seed, "crop", epoch, step)[s.first : s.end] * (2 * pad + 1)
+            rows, cols = (bring(corner, s.device).long()[:, :, None] + at).unbind(1)  # (rows, size)
             images = padded[i[:, None, None], :, rows[:, :, None], cols[:, None, :]]
             yield images.permute(0, 3, 1, 2), self.targets[i]
 
-    def whole(self):
-        return zip(self.images.split(1000), self.targets.split(1000))
+    def whole(self, first=0, every=1):
+        return zip(self.images[first::every].split(1000), self.targets[first::every].split(1000))
+
+
+def fits_memory(n, size):
+    """Whether n images of this side in pixels are held on the device: small ones, of 2 GiB at most."""
+    return size <= SMALL and n * 3 * size**2 <= 2**31
 
 
 def load(dataset, size, *args, **kwargs):
     """A set's batches, as `Stream` or as `Memory`: whichever fits. Arguments as for `Stream`."""
     stream = Stream(dataset, size, *args, **kwargs)
-    small = size <= SMALL and len(dataset) * 3 * size**2 <= 2**31  # bytes
-    return Memory(stream) if small else stream
+    return Memory(stream) if fits_memory(len(dataset), size) else stream
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -384,18 +417,19 @@ def load(dataset, size, *args, **kwargs):
 def augment(images, rand, flip=True, full=True):
     """From uint8 crops to the model's input.
 
-    images: (B, 3, S, S) uint8. rand: (B, 16), uniform, on the CPU: the groups are known there, and
-    the device need not be waited for. flip: mirror half of them. full: RandAugment and erasing too.
-    Returns (B, 3, S, S) float, normalised.
+    images: (B, 3, S, S) uint8. rand: (B, 16), uniform, on the CPU: the sizes of the groups are counted
+    there, so that the device, which gets the same numbers, need not be waited for. flip: mirror half
+    of the images. full: RandAugment and erasing too. Returns (B, 3, S, S) float, normalised.
     """
-    device = images.device
+    r = bring(rand, images.device)
     if flip:
-        mirrored = (rand[:, 0] < 0.5).to(device, non_blocking=True)
-        images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
+        images = torch.where(r[:, 0].view(-1, 1, 1, 1) < 0.5, images.flip(-1), images)
     if full:
-        images = rand_augment(rand_augment(images, rand[:, 1:5]), rand[:, 5:9])
+        for k in (slice(1, 5), slice(5, 9)):
+            counts = operation(rand[:, k]).bincount(minlength=len(RAND_AUGMENT) + 1)
+            images = rand_augment(images, r[:, k], counts.tolist())
     images = normalize(images)
-    return random_erase(images, rand[:, 9:16]) if full else images
+    return random_erase(images, r[:, 9:], int((rand[:, 9] < ERASED).sum())) if full else images
 
 
 @functools.cache
@@ -422,6 +456,14 @@ def blend(images, other, strength):
     return torch.lerp(other.float(), images.float(), strength).round().clamp(0, 255).to(torch.uint8)
 
 
+def smooth(images):
+    """PIL's smoothing filter: each pixel five times and its eight neighbours once; the border stays."""
+    inner = images[..., 1:-1, 1:-1].float()
+    images = images.clone()
+    images[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(images.float(), 3, 1) + 4 * inner) / 13).round()
+    return images
+
+
 def warp(images, a, b, tx, c, d, ty):
     """Read each pixel (x, y) at (a x + b y + tx, c x + d y + ty), in units of half the image from its
     centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1)."""
@@ -444,7 +486,7 @@ RAND_AUGMENT = [
     lambda x, m, s: blend(x, TF.adjust_saturation(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, TF.adjust_contrast(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, torch.zeros_like(x), 1 + 0.9 * s),  # brightness
-    lambda x, m, s: blend(x, TF.adjust_sharpness(x, 0), 1 + 0.9 * s),
+    lambda x, m, s: blend(x, smooth(x), 1 + 0.9 * s),  # sharpness
     lambda x, m, s: warp(x, (r := s * math.pi / 6).cos(), -r.sin(), 0 * s, r.sin(), r.cos(), 0 * s),
     lambda x, m, s: warp(x, 1 + 0 * s, 0.3 * s, 0.3 * s, 0 * s, 1 + 0 * s, 0 * s),  # shear along x
     lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0 * s, 0.3 * s, 1 + 0 * s, 0.3 * s),  # shear along y
@@ -453,46 +495,53 @@ RAND_AUGMENT = [
 ]
 
 
-def rand_augment(images, rand):
+def operation(rand):
+    """Which of the operations each image gets: every second image one of them, the others none."""
+    none = len(RAND_AUGMENT)
+    return (rand[:, 0] * none).long().masked_fill(rand[:, 1] < 0.5, none)
+
+
+def rand_augment(images, rand, counts):
     """One of the two operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719) that DeiT applies,
     each to half of the images, at magnitude 9 of 10 with a deviation of 0.5.
 
-    images: (B, 3, S, S) uint8. rand: (B, 4), uniform, on the CPU. Returns the shape of images.
+    images: (B, 3, S, S) uint8. rand: (B, 4), uniform, where the images are. counts: how many images
+    get each operation. Returns the shape of images.
     """
-    kind = (rand[:, 0] * len(RAND_AUGMENT)).long().masked_fill(rand[:, 1] < 0.5, len(RAND_AUGMENT))
     m = 0.9 + 0.05 * math.sqrt(2) * torch.erfinv(2 * rand[:, 2].clamp(1e-6, 1 - 1e-6) - 1)
     m = m.clamp(0, 1).view(-1, 1, 1, 1)
     s = torch.where(rand[:, 3].view(-1, 1, 1, 1) < 0.5, m, -m)
-    counts = kind.bincount(minlength=len(RAND_AUGMENT) + 1).tolist()
-    device, by_kind = images.device, kind.argsort()
-    m, s, by_kind = (t.to(device, non_blocking=True) for t in (m, s, by_kind))
-    images = images.clone()
-    for apply, i in zip(RAND_AUGMENT, by_kind.split(counts)):
+    images, by_operation = images.clone(), operation(rand).argsort(stable=True)
+    for apply, i in zip(RAND_AUGMENT, by_operation.split(counts)):
         if len(i):
             images[i] = apply(images[i], m[i], s[i])
     return images
 
 
-def random_erase(images, rand):
+ERASED = 0.25  # of the images
+
+
+def random_erase(images, rand, count):
     """Fill a box with noise in a quarter of the images (Zhong et al. 2020, arXiv 1708.04896), as DeiT
     does: 2 to 33 % of the area, 0.3 to 3.3 in shape, normal noise for each pixel.
 
-    images: (B, 3, S, S), normalised. rand: (B, 7), uniform, on the CPU. Returns the shape of images.
+    images: (B, 3, S, S), normalised. rand: (B, 7), uniform, where the images are. count: how many of
+    its first column are below a quarter. Returns the shape of images.
     """
-    i = (rand[:, 0] < 0.25).nonzero().squeeze(1)
-    side, device = images.shape[-1], images.device
+    i = (rand[:, 0] >= ERASED).int().argsort(stable=True)[:count]
+    side = images.shape[-1]
     area, shape, top, left, dy, dx = rand[i, 1:].unbind(1)
     area, ratio = 0.02 + area * (1 / 3 - 0.02), 0.3 ** (2 * shape - 1)
-    at = torch.arange(side)
+    at = torch.arange(side, device=images.device)
     within, rolled = [], []
     for length, start, shift in (((area * ratio).sqrt(), top, dy), ((area / ratio).sqrt(), left, dx)):
         length = (length * side).round().clamp(max=side - 1)
         start = (start * (side - length + 1)).floor()[:, None]
         within.append((at >= start) & (at < start + length[:, None]))  # (erased, side)
         rolled.append(((shift * side).long()[:, None] + at) % side)
-    i, rows, cols, y, x = (t.to(device, non_blocking=True) for t in (i, *within, *rolled))
+    (rows, cols), (y, x) = within, rolled
     box = rows[:, None, :, None] & cols[:, None, None, :]
-    noise = noise_field(side, device)[:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
+    noise = noise_field(side, images.device)[:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
     images = images.clone()
     images[i] = torch.where(box, noise.transpose(0, 1), images[i])
     return images

@@ -1,5 +1,9 @@
 """What the tests share: a small folder of images, and the script run as a user runs it."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,6 +11,10 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import train as script
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often the test of SIGKILL kills each run [3]")
 
 
 @pytest.fixture
@@ -31,9 +39,38 @@ def train(tmp_path, monkeypatch, capsys):
     def run(*args):
         status = 0
         try:
-            script.main([str(a) for a in args])
+            script.main(args)
         except SystemExit as end:
             status = end.code
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
     return run
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Start train.py as a command, of one process or under torchrun of several, each with one thread:
+    start(2, "--epochs", 1, ...) gives the running Popen. Its output is in `log`, a path."""
+    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    started = []
+
+    def start(processes, *args, env=None, restarts=0):
+        before = [*launcher, f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+        command = [sys.executable, *(before if processes > 1 else []), Path(script.__file__).resolve()]
+        log = tmp_path / f"log{len(started)}"
+        one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        process = subprocess.Popen(
+            [*command, *map(str, args)],
+            cwd=tmp_path,
+            env=one_thread,
+            stdout=log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        process.log = log
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.terminate()  # of which a launcher tells its processes

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import data
 import train as script
 import vit
 
@@ -63,50 +62,6 @@ def test_a_run_leaves_weights_metrics_settings_and_a_picture(train, folder, tmp_
     assert f"top-1 {lines[-1]['val_top1']:.2f} %" in measured.out, measured.err
 
 
-def test_a_run_that_was_stopped_ends_with_the_same_weights(folder, tmp_path, monkeypatch):
-    def run(name, stop_after=None):
-        write, calls = script.write_beside, []
-
-        def stopping(path, action):
-            write(path, action)
-            calls.append(path.name)
-            if calls.count("last.pt") == stop_after:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as m:
-            m.setattr(script, "write_beside", stopping)
-            script.main(
-                [
-                    "--data",
-                    str(folder),
-                    "--out",
-                    str(tmp_path / name),
-                    "--epochs",
-                    "3",
-                    "--img-size",
-                    "32",
-                    "--workers",
-                    "0",
-                    "--batch-size",
-                    "8",
-                    "--drop-path",
-                    "0.3",
-                ]
-            )
-
-    run("whole")
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            run("stopped", stop_after=1)
-    run("stopped")
-    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "stopped"))
-    histories = [
-        [json.loads(line)["train_loss"] for line in (tmp_path / name / "metrics.jsonl").open()]
-        for name in ("whole", "stopped")
-    ]
-    assert len(histories[0]) == 3 and histories[0] == histories[1]
-
-
 def test_another_run_in_the_same_folder_is_refused_and_nothing_written_over(train, folder, tmp_path):
     assert train("--data", folder, *TINY, "--out", "run").status == 0
     before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
@@ -155,7 +110,7 @@ BAD_INPUT = {
     "no cuda": (["--device", "cuda"], ["--device cuda", "cpu"]),
     "meta device": (["--device", "meta"], ["--device meta", "neither cpu nor cuda"]),
     "seed too large": (["--seed", str(2**64)], ["--seed", "below"]),
-    "repeats of small images": (["--repeats", "3"], ["--repeats", "64 px"]),
+    "repeats of small images": (["--repeats", "3"], ["--repeats", "held in memory"]),
     "no such device": (["--device", "gpu"], ["--device gpu", "cpu"]),
     "missing folder": (["--data", "nowhere/set"], ["nowhere/set"]),
     "missing checkpoint": (["--eval", "nowhere.pt"], ["no checkpoint nowhere.pt"]),
@@ -216,7 +171,7 @@ def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
 
 def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(train, folder, tmp_path):
     done = train("--data", folder, *TINY, "--out", "run", "--lr", 1e30, "--warmup", 1)
-    assert re.search(r"the loss is (nan|inf) at step \d", done.status)  # what SystemExit prints
+    assert done.status == 1 and re.search(r"the loss is (nan|inf) at step \d", done.err)
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
@@ -229,9 +184,7 @@ def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():
 
 def test_only_matrices_decay():
     for model in ("vit_micro", "swin_micro"):
-        s = dataclasses.replace(
-            script.Settings(), model=model, img_size=32, patch_size=4, lr=1e-3, drop_path=0.0
-        )
+        s = script.recipe(script.Settings(model=model, device="cpu"), side=32, images=8000)
         net = script.build(s, 10)
         groups = script.optimizer(net, s).param_groups
         names = {p: name for name, p in net.named_parameters()}
@@ -245,16 +198,9 @@ def test_only_matrices_decay():
 
 
 @pytest.mark.parametrize("model", ["deit_small", "swin_base"])
-def test_the_default_for_large_images_is_the_papers_recipe(model, folder):
-    class Large:
-        def __len__(self):
-            return 1_281_167
-
-        def __getitem__(self, i):
-            return torch.zeros(3, 375, 500), 0
-
-    sets = data.Sets(Large(), Large(), range(1000))
-    s = script.recipe(script.Settings(data="/imagenet", model=model), sets)
+def test_the_default_for_large_images_is_the_papers_recipe(model):
+    settings = script.Settings(data="/imagenet", model=model, device="cuda")
+    s = script.recipe(settings, side=224, images=1_281_167)
     assert (s.epochs, s.batch_size, s.lr, s.weight_decay, s.smoothing) == (300, 1024, 1e-3, 0.05, 0.1)
     assert (s.img_size, s.augment, s.mix, s.targets) == (224, "full", "cutmix", "tl_align")
     if model == "deit_small":

@@ -1,0 +1,229 @@
+"""Promises about whole runs: any number of processes gives one result, and no run is ever lost."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+from test_train import assert_equal, one_line, weights
+
+import train as script
+
+RUN = ("--epochs", 4, "--img-size", 32, "--workers", 1, "--batch-size", 8, "--drop-path", 0.2, "--ema", 0.9)
+
+
+def history(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{k: line[k] for k in ("epoch", "step", "train_loss", "val_top1", "val_top5")} for line in lines]
+
+
+def finish(process, timeout=120):
+    status = process.wait(timeout)
+    assert status == 0, process.log.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------
+# Processes.
+
+
+def test_two_processes_equal_one_and_so_does_accumulation(folder, tmp_path, start):
+    for name in ("dark/11", "dark/10", "light/11"):  # 21 to validate: odd, so the shares differ
+        (folder / "val" / f"{name}.jpg").unlink()
+    args = ["--data", folder, "--epochs", 10, "--img-size", 80, "--batch-size", 10, "--clip", 1]
+    args += ["--augment", "full", "--drop-path", 0.2, "--ema", 0.9, "--workers", 1]  # rows 0-3 and 4-9
+    finish(start(1, *args, "--out", "one"))
+    finish(start(1, *args, "--out", "parts", "--micro-batch", 4))
+    finish(start(2, *args, "--out", "two"))
+    finish(start(2, *args, "--out", "both", "--micro-batch", 2))
+    expected = history(tmp_path / "one")
+    assert expected[-1]["step"] == 20
+    for name in ("parts", "two", "both"):
+        for kind in ("model", "ema"):
+            a, b = (torch.load(tmp_path / n / "last.pt", weights_only=True)[kind] for n in ("one", name))
+            for k in a:
+                torch.testing.assert_close(a[k], b[k], atol=1e-5, rtol=0, msg=f"{name}: {k}")
+        for ours, theirs in zip(history(tmp_path / name), expected, strict=True):
+            assert ours.pop("train_loss") == pytest.approx(theirs["train_loss"], abs=2e-5)
+            assert ours.items() <= theirs.items()
+    measured = start(2, "--eval", "one/last.pt", "--workers", 1)
+    finish(measured)
+    assert f"top-1 {expected[-1]['val_top1']:.2f} %" in measured.log.read_text()
+    assert "of 21 images" in measured.log.read_text()
+
+
+def test_it_joins_the_processes_that_slurm_starts(folder, tmp_path, start):
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho localhost\necho other\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    slurm = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost,other",
+        "SLURM_JOB_ID": str(os.getpid()),
+    }
+    tasks = [
+        start(1, "--data", folder, *RUN, env={**slurm, "SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+        for i in range(2)
+    ]
+    for task in tasks:
+        finish(task)
+    assert "on 2 process(es)" in tasks[0].log.read_text() and not tasks[1].log.read_text()
+
+
+def test_an_error_of_one_process_ends_all_and_is_shown(folder, tmp_path, start):
+    for path in (folder / "train").rglob("*.jpg"):
+        path.write_text("not an image")
+    began = time.monotonic()
+    run = start(2, "--data", folder, *RUN, "--img-size", 80)
+    assert run.wait(60) != 0 and time.monotonic() - began < 40  # of which most is importing torch
+    text = run.log.read_text()
+    assert "error: " in text and "cannot be decoded, more than one in a hundred" in text
+    assert "Traceback" not in text.split("torch/distributed/elastic")[0]
+
+
+def test_bad_input_is_said_once_by_many_processes(tmp_path, start):
+    run = start(2, "--data", "cifar11")
+    assert run.wait(60) != 0 and run.log.read_text().count("error: no folder or set is called") == 1
+
+
+# ---------------------------------------------------------------------------------------------------
+# Runs that are stopped.
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_ends_the_run_after_its_step_and_the_same_command_goes_on(
+    train, folder, tmp_path, monkeypatch, number
+):
+    args = ("--data", folder, *RUN)
+    assert train(*args, "--out", "whole").status == 0
+    step = script.Trainer.step
+
+    def signalled(trainer, images, targets, at, *more):
+        if at in signalled.at:
+            signalled.at.remove(at)
+            signal.raise_signal(number)
+        return step(trainer, images, targets, at, *more)
+
+    signalled.at = [4, 5]  # within an epoch, and in its last step: before the evaluation
+    monkeypatch.setattr(script.Trainer, "step", signalled)
+    for done in (5, 6):
+        stopped = train(*args, "--out", "run")
+        assert stopped.status == 128 + number
+        assert f"stopped after step {done}: the same command goes on from there" in stopped.err
+    again = train(*args, "--out", "run")
+    assert again.status == 0 and "going on after step 6, in epoch 2 of 4" in again.out
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+    assert history(tmp_path / "whole") == history(tmp_path / "run")
+
+
+def test_a_signal_to_the_launcher_stops_all_processes_after_their_step(folder, tmp_path, start):
+    args = ("--data", folder, *RUN, "--epochs", 1000, "--save-minutes", 10, "--log-every", 1)
+    run = start(2, *args)
+    wait_for(run, "step 5/")
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) != 0
+    assert "the same command goes on from there" in run.log.read_text()
+    again = start(2, *args)
+    wait_for(again, "going on after step")
+
+
+def wait_for(process, text):
+    for _ in range(600):
+        if text in process.log.read_text():
+            return
+        assert process.poll() is None, process.log.read_text()
+        time.sleep(0.1)
+    raise AssertionError(f"{text!r} did not come: {process.log.read_text()}")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_that_is_killed_at_random_ends_with_the_same_weights(
+    folder, tmp_path, start, processes, request
+):
+    planned = request.config.getoption("kills")
+    args = ("--data", folder, *RUN, "--epochs", 2 + planned, "--save-minutes", 0)
+    args += ("--model", "deit_tiny", "--patch-size", 8)  # large enough that a save takes its time
+    finish(start(processes, *args, "--out", "whole"))
+    chance, run, kills, torn, steps = random.Random(processes), tmp_path / "killed", 0, 0, []
+    while kills < planned:
+        began, life = read_step(run), start(processes, *args, "--out", "killed")
+        while life.poll() is None and read_step(run) == began:
+            time.sleep(0.01)
+        time.sleep(0.3 * chance.random())
+        kill(life)
+        kills, torn = kills + 1, torn + (run / "last.pt.tmp").exists()
+        steps.append(read_step(run))
+    finish(start(processes, *args, "--out", "killed"))
+    print(f"{processes} process(es), killed {kills} times: after steps {steps}, {torn} times in a save")
+    assert_equal(weights(tmp_path / "whole"), weights(run))
+    assert history(tmp_path / "whole") == history(run)
+
+
+def children(process):
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def kill(process):
+    """SIGKILL for a command and the processes that torchrun has started for it."""
+    for pid in (process.pid, *children(process)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def test_processes_whose_launcher_is_killed_stop_after_their_step(folder, tmp_path, start):
+    run = start(2, "--data", folder, *RUN, "--epochs", 1000, "--log-every", 1)
+    wait_for(run, "step 5/")
+    run.kill()
+    for _ in range(100):
+        if "the same command goes on" in run.log.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError(run.log.read_text())
+
+
+def read_step(run):
+    try:
+        return torch.load(run / "last.pt", weights_only=True)["step"]
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_process_that_dies_is_restarted_from_the_last_checkpoint(folder, tmp_path, start):
+    args = ("--data", folder, *RUN, "--epochs", 12, "--save-minutes", 0)
+    finish(start(2, *args, "--out", "whole"))
+    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    run = start(2, *args, "--out", "run", env=env, restarts=1)
+    wait_for(run, "step 7/")
+    os.kill(children(run)[-1], signal.SIGKILL)
+    finish(run)
+    assert "going on after step" in run.log.read_text()
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(train, folder, tmp_path, monkeypatch):
+    args = ("--data", folder, *RUN, "--out", "run", "--save-minutes", 0)
+    step = script.Trainer.step
+
+    def filling(trainer, images, targets, at, *more):
+        if at == 4:
+            (tmp_path / "run" / "last.pt.tmp").symlink_to("/dev/full")
+        return step(trainer, images, targets, at, *more)
+
+    with monkeypatch.context() as m:
+        m.setattr(script.Trainer, "step", filling)
+        one_line(train(*args), "last.pt can't be written: No space left on device")
+    assert not (tmp_path / "run" / "last.pt.tmp").exists() and read_step(tmp_path / "run") == 4
+    assert "going on after step 4" in train(*args).out
+
+
+def test_weights_that_diverge_in_the_last_step_are_not_saved(train, folder, tmp_path):
+    one_step = ("--data", folder, *RUN, "--batch-size", 24, "--warmup", 0, "--out", "run")
+    done = train(*one_step, "--lr", 1e30)
+    assert done.status == 1 and "not finite" in done.err and len(done.err.splitlines()) == 1
+    done = train(*one_step, "--lr", 1e15)
+    assert done.status == 1 and "not finite" in done.err, done.out
+    assert not (tmp_path / "run" / "last.pt").exists()

@@ -270,7 +270,7 @@ class Crops(Dataset):
         index, names = key
         image, target, bad = self.read(index)
         crops = [random_resized_crop(image, self.size, generator(*name)) for name in names]
-        return torch.stack(crops or [center_crop(image, self.size)]), int(target), names, bad
+        return crops or [center_crop(image, self.size)], int(target), names, bad
 
     def read(self, index):
         """The image, or the next one that can be read; one in a hundred may fail (see `Stream`)."""
@@ -285,14 +285,19 @@ class Crops(Dataset):
 
 
 def collate(items):
-    """Crops in the order of their places, whichever images they share."""
-    crops = torch.cat([item[0] for item in items])
-    targets = torch.tensor([item[1] for item in items for _ in item[0]])
-    places = [name[-1] for item in items for name in item[2]]
-    if places:
-        order = torch.tensor(places).argsort()
-        crops, targets = crops[order], targets[order]
-    return crops, targets, [name for item in items for name in item[3]]
+    """A batch of crops in the order of their places, whichever images they share, with their classes and
+    what failed to decode. Evaluation crops stay as they come."""
+    placed = [
+        (names[i][-1] if names else 0, crop, target)
+        for crops, target, names, _ in items
+        for i, crop in enumerate(crops)
+    ]
+    placed.sort(key=lambda entry: entry[0])
+    images, targets = (
+        torch.stack([entry[1] for entry in placed]),
+        torch.tensor([entry[2] for entry in placed]),
+    )
+    return images, targets, [name for item in items for name in item[3]]
 
 
 def epoch_order(n, seed, epoch, repeats=1):

@@ -45,19 +45,9 @@ import tl_align
 import vit
 from data import InputError, bring, did_you_mean, uniform
 
-MODELS = {
-    make.__name__: make
-    for make in (
-        vit.vit_micro,
-        vit.deit_tiny,
-        vit.deit_small,
-        vit.deit_base,
-        swin.swin_micro,
-        swin.swin_tiny,
-        swin.swin_small,
-        swin.swin_base,
-    )
-}
+VITS = [vit.vit_micro, vit.deit_tiny, vit.deit_small, vit.deit_base]
+SWINS = [swin.swin_micro, swin.swin_tiny, swin.swin_small, swin.swin_base]
+MODELS = {make.__name__: make for make in VITS + SWINS}
 
 # ---------------------------------------------------------------------------------------------------
 # Settings: the command line is made from them. None stands for what `recipe` finds fitting.
@@ -469,7 +459,7 @@ class Trainer:
     are this process's, from and to: cut anywhere between two pairs, so that no size is forbidden."""
 
     def __init__(self, s, classes):
-        self.s, self.device = s, torch.device(s.device)
+        self.s, self.device, self.loss = s, torch.device(s.device), loss_of
         torch.manual_seed(s.seed)
         self.raw = build(s, classes).to(self.device)
         self.ddp = self.model = self.raw
@@ -498,7 +488,7 @@ class Trainer:
             # Gradients are summed here and averaged over the processes, once a step.
             with contextlib.nullcontext() if last or self.ddp is self.raw else self.ddp.no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
-                    loss = loss_of(self.model, batch, targets[part], bring(rand[part, 16:], self.device), s)
+                    loss = self.loss(self.model, batch, targets[part], bring(rand[part, 16:], self.device), s)
                 loss = loss * (len(batch) / s.batch_size)
                 (loss * world()).backward()
             total = total + loss.detach()
@@ -726,7 +716,7 @@ def draw(model, dataset, s, path, rows=5, most=7):
     model.eval()
     crops = data.Crops(dataset, s.img_size)
     chosen = torch.linspace(0, len(dataset) - 1, 2 * rows).long().tolist()
-    images = torch.cat([crops[i, ()][0] for i in chosen]).float()
+    images = torch.stack([crops[i, ()][0][0] for i in chosen]).float()
     at = uniform((len(images), 3), "picture") * 0.5 + 0.25  # boxes of middling size, not at the border
     mask = tl_align.cutmix_mask(at, images.shape[-2:], s.patch_size)
     mixed = tl_align.mix(images, mask)

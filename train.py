@@ -436,11 +436,10 @@ def loss_of(model, images, targets, rand, s):
     drop = rearrange(rand[:, 3:], "b (depth two) -> b depth two", two=2)
     if s.mix == "none":
         return F.cross_entropy(model(images, rand=drop), targets, label_smoothing=s.smoothing)
-    cutmix, size = s.mix == "cutmix", images.shape[-2:]
-    if cutmix:
-        mask = tl_align.cutmix_mask(rand[:, :3], size, s.patch_size)
+    if s.mix == "cutmix":
+        mask = tl_align.cutmix_mask(rand[:, :3], images.shape[-2:], s.patch_size)
     else:
-        mask = tl_align.mixup_mask(rand[:, :3], size)
+        mask = tl_align.mixup_mask(rand[:, :3], images.shape[-2:])
     mixed = tl_align.mix(images, mask)
     if s.targets == "area":
         logits, share = model(mixed, rand=drop), mask.mean((2, 3))
@@ -568,7 +567,7 @@ def train(s, sets, out):
     if (s.resume or restarted) and last.exists():
         saved = read_checkpoint(last)
         if "settings" not in saved:
-            raise InputError(f"{last} is not of a run of this script; give another --out")
+            raise Ended(f"{last} is not of a run of this script; give another --out", 2)
         check_same_run(s, saved["settings"], out)
         step, best, history = (saved[k] for k in ("step", "best", "history"))
         if len(history) == s.epochs:
@@ -687,14 +686,14 @@ def train(s, sets, out):
 
 
 def check_same_run(s, saved, out):
+    """Raise Ended where a run was begun with other settings: only some may change on the way."""
     for f in dataclasses.fields(s):
         then, now = saved.get(f.name), getattr(s, f.name)
         if f.name in saved and f.name not in FREE and then != now:
             flag = f"--{'no-' if then is False else ''}{f.name.replace('_', '-')}"
             value = "" if isinstance(then, bool) else f" {then}, not {now}"
-            raise InputError(
-                f"{out} holds a run with {flag}{value}; give another --out, or --no-resume to start over"
-            )
+            way_out = "give another --out, or --no-resume to start over"
+            raise Ended(f"{out} holds a run with {flag}{value}; {way_out}", 2)
 
 
 def clock(seconds):
@@ -776,11 +775,8 @@ def bench(s, classes=1000):
         return (time.perf_counter() - began) / times
 
     step = seconds(lambda: trainer.step(images, targets, 0, 1000), 10)
-    memory = (
-        torch.cuda.max_memory_allocated()
-        if cuda
-        else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    )
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = torch.cuda.max_memory_allocated() if cuda else resident
     side = 8192 if cuda else 2048
     matrix = torch.randn(side, side, device=s.device, dtype=torch.bfloat16 if s.bf16 else torch.float32)
     peak = world() * 2 * side**3 / seconds(lambda: matrix @ matrix, 1)
@@ -846,7 +842,7 @@ def main(argv=None):
     except InputError as e:
         text, status = str(e), 2
     except KeyboardInterrupt:
-        text, status = "stopped; nothing was begun that is not in the last checkpoint", 130
+        text, status = "stopped", 130
     except torch.OutOfMemoryError:
         text, status = "the GPU's memory is too small; --micro-batch 128 takes the same step in parts", 1
     except RuntimeError as e:

@@ -27,11 +27,11 @@ class Attention(nn.Module):
     """Multi-head self-attention: the one place where content moves from token to token.
 
     Explicit and fused forms give the same up to rounding; under bf16 the fused form rounds the labels
-    that an attention moves to bf16 too. `fused=None` takes the fused form on CUDA, so that
-    no N x N matrix is stored for the backward pass, and the explicit form elsewhere: there the labels
-    reuse the matrix that the tokens made, where the fused form computes it again for them. A training
-    step with labels on two CPU cores was 5 to 12 % faster in explicit form for the micro models and
-    Swin-T, and level for DeiT-S.
+    that an attention moves to bf16 too. `fused=None` takes the fused form on CUDA, so that no N x N
+    matrix is stored for the backward pass, and the explicit form elsewhere: there the labels reuse the
+    matrix that the tokens made, where the fused form computes it again for them. On two CPU cores a
+    training step with labels was 5 to 12 % faster in explicit form for the models that one trains
+    there, the micro ones, and about as much slower for DeiT-S (`experiments/cost.py`).
     """
 
     def __init__(self, dim, heads, fused=None):

@@ -154,11 +154,11 @@ def recipe(s, side, images):
     patch_size = s.patch_size or ((4 if swin_like else 16) if large else (2 if swin_like else 4))
     img_size = s.img_size or math.ceil(side / patch_size) * patch_size
     epochs = s.epochs or (4 if s.data == "shapes" else 300 if large and not tune else 30 if tune else 100)
-    batch_size = 64 if s.data == "shapes" else 1024 if large else 128
+    cuda = s.device.startswith("cuda")
+    batch_size = 64 if s.data == "shapes" or (s.bench and not cuda) else 1024 if large else 128
     batch_size = s.batch_size or max(2, min(batch_size, images // 20 // 2 * 2))  # some steps an epoch
     lr = 5e-4 * batch_size / 512 if large else 3e-3 if micro else 1e-3 * batch_size / 128
     rate = {"swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.5}.get(s.model, 0.0 if micro else 0.1)
-    cuda = s.device.startswith("cuda")
     fitting = {
         "img_size": img_size,
         "patch_size": patch_size,
@@ -270,8 +270,9 @@ def choose_device(s):
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("it is neither cpu nor cuda")
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
+        if device.type == "cuda" and (device.index or 0) >= (gpus := torch.cuda.device_count()):
+            raise RuntimeError(f"torch sees {gpus} GPUs")
+    except RuntimeError as e:
         reason = str(e).splitlines()[0]
         raise InputError(f"--device {name} can't be used here: {reason}; --device cpu always works") from e
     return name

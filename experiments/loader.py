@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
 
 
-def draw_photos(folder, n=64, size=(375, 500)):
+def draw_photos(folder, n, size=(375, 500)):
     """JPEGs as large as ImageNet's usual ones, and as rich in detail as to weigh about the same."""
     (folder / "class").mkdir()
     for i, image in enumerate(data.shapes(n, seed=0, size=512)[0]):
@@ -63,7 +63,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as drawn:
         if args.folder is None:
-            draw_photos(Path(drawn))
+            draw_photos(Path(drawn), min(args.images, 64))
         folder = args.folder or drawn
         theirs = datasets.ImageFolder(folder, reference(args.size))
         files = datasets.ImageFolder(folder, loader=data.decode)

@@ -97,6 +97,7 @@ def one_line(done, *words):
 BAD_INPUT = {
     "model": (["--model", "deit_smal"], ["'deit_smal'", "did you mean", "deit_small"]),
     "set": (["--data", "cifar11"], ["cifar11", "did you mean", "cifar10"]),
+    "set in capitals": (["--data", "CIFAR10"], ["CIFAR10", "did you mean cifar10"]),
     "targets": (["--targets", "tlalign"], ["did you mean tl_align"]),
     "flag": (["--epoch", "3"], ["--epoch,", "did you mean", "--epochs"]),
     "word for a number": (["--epochs", "three"], ["--epochs", "'three'"]),
@@ -161,6 +162,9 @@ def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
     best = tmp_path / "run" / "best.pt"
     one_line(train("--eval", best, "--model", "swin_micro"), "another model")
     one_line(train("--init", best, "--model", "deit_tiny", "--out", "new"), "another model")
+    saved = torch.load(best, weights_only=True)
+    torch.save({**saved, "settings": {**saved["settings"], "gone": 1}}, tmp_path / "older.pt")
+    assert train("--eval", "older.pt", "--workers", 0).status == 0  # a setting that there is no more
     (tmp_path / "cut.pt").write_bytes(best.read_bytes()[:5000])
     one_line(train("--eval", "cut.pt"), "cut.pt", "damaged")
     (tmp_path / "text.pt").write_text("not a checkpoint")
@@ -207,6 +211,39 @@ def test_the_default_for_large_images_is_the_papers_recipe(model):
         assert (s.patch_size, s.warmup, s.drop_path, s.clip, s.repeats) == (16, 5, 0.1, 0, 3)
     else:
         assert (s.patch_size, s.warmup, s.drop_path, s.clip, s.repeats) == (4, 20, 0.5, 5, 1)
+
+
+def test_the_recipe_for_fine_tuning_is_deits():
+    tune = script.Settings(data="/imagenet", model="swin_tiny", init="file.pt", device="cuda")
+    s = script.recipe(dataclasses.replace(tune, img_size=384), side=224, images=1_281_167)
+    assert (s.epochs, s.weight_decay) == (30, 1e-8) and s.lr == pytest.approx(5e-6 * 1024 / 512)
+    assert script.build(s, 10).layers[0].blocks[0].window == 12
+    other_classes = script.recipe(tune, side=224, images=10_000)
+    assert other_classes.lr == pytest.approx(5e-5 * other_classes.batch_size / 512)
+
+
+def test_defaults_fit_odd_images_and_small_sets():
+    s = script.recipe(script.Settings(data="set", device="cpu"), side=50, images=500)
+    assert (s.img_size, s.patch_size, s.batch_size) == (52, 4, 24)
+
+
+def test_a_full_gpu_and_ctrl_c_end_in_one_line(train, monkeypatch):
+    for error, status, words in (
+        (torch.OutOfMemoryError("CUDA out of memory"), 1, "--micro-batch"),
+        (KeyboardInterrupt(), 130, "stopped"),
+    ):
+
+        def run(argv):
+            raise error
+
+        monkeypatch.setattr(script, "run", run)
+        done = train()
+        assert done.status == status and words in done.err and len(done.err.splitlines()) == 1
+
+
+def test_bench_prints_what_it_measured(train):
+    out = train("--bench", "--batch-size", 8).out
+    assert re.search(r"[\d.]+ images/s  [\d.]+ ms a step  peak memory [\d.]+ GiB  [\d.]+ TFLOP/s, \d+%", out)
 
 
 def test_help_names_every_setting(train):

@@ -128,8 +128,7 @@ def test_a_signal_to_the_launcher_stops_all_processes_after_their_step(folder, t
     run.send_signal(signal.SIGTERM)
     assert run.wait(60) != 0
     assert "the same command goes on from there" in run.log.read_text()
-    again = start(2, *args)
-    wait_for(again, "going on after step")
+    assert read_step(next((tmp_path / "runs").iterdir())) >= 5
 
 
 def wait_for(process, text):
@@ -195,7 +194,7 @@ def read_step(run):
 
 
 def test_a_process_that_dies_is_restarted_from_the_last_checkpoint(folder, tmp_path, start):
-    args = ("--data", folder, *RUN, "--epochs", 12, "--save-minutes", 0)
+    args = ("--data", folder, *RUN, "--epochs", 8, "--save-minutes", 0)
     finish(start(2, *args, "--out", "whole"))
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     run = start(2, *args, "--out", "run", env=env, restarts=1)

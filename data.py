@@ -293,11 +293,8 @@ def collate(items):
         for i, crop in enumerate(crops)
     ]
     placed.sort(key=lambda entry: entry[0])
-    images, targets = (
-        torch.stack([entry[1] for entry in placed]),
-        torch.tensor([entry[2] for entry in placed]),
-    )
-    return images, targets, [name for item in items for name in item[3]]
+    _, images, targets = zip(*placed)
+    return torch.stack(images), torch.tensor(targets), [name for item in items for name in item[3]]
 
 
 def epoch_order(n, seed, epoch, repeats=1):
@@ -358,10 +355,10 @@ class Stream:
             worker_init_fn=leave_signals,
         )
         for images, targets, bad in loader:
-            self.report(bad)
+            self._report(bad)
             yield images.to(self.device, non_blocking=True), targets.to(self.device, non_blocking=True)
 
-    def report(self, bad):
+    def _report(self, bad):
         for name in sorted(set(bad) - self.bad):
             print(f"cannot decode {name}: the next image takes its place", flush=True)
         self.bad.update(bad)
@@ -383,7 +380,7 @@ class Memory:
     A padded random crop (He et al. 2016) takes the place of the resized one."""
 
     def __init__(self, stream):
-        self.stream, self.steps, self.bad, self.report = stream, stream.steps, stream.bad, stream.report
+        self.stream, self.steps, self.bad = stream, stream.steps, stream.bad
         images, targets = zip(*stream.whole())
         self.images, self.targets = torch.cat(images), torch.cat(targets)
 

@@ -64,25 +64,40 @@ def heads_of(attention, x):
     return (t.reshape(len(x), attention.heads, -1).transpose(0, 1) for t in (q, k))
 
 
-def vit_reference(model, images, labels):
+def weights_of_attention(model, images):
+    """Of each block, how much attention weighs at each token beside the skip connection, (B, ..., 1): a
+    half, or by norm; what attention adds is what the second norm is given and the block is not."""
+    joined = []
+    hooks = [
+        b.norm2.register_forward_pre_hook(lambda _, args: joined.append(args[0])) for b in blocks_of(model)
+    ]
     inputs = block_inputs(model, images)
+    for hook in hooks:
+        hook.remove()
+    for block, x, after in zip(blocks_of(model), inputs, joined):
+        added, kept = (t.square().sum(-1, keepdim=True).sqrt() for t in (after - x, x))
+        yield added / (added + kept) if block.residual == "norm" else torch.full_like(kept, 0.5)
+
+
+def vit_reference(model, images, labels):
+    inputs, weights = block_inputs(model, images), list(weights_of_attention(model, images))
     out = []
     for image in range(len(images)):
         y = labels[image]
         if model.pool == "cls":
             y = torch.cat([y.mean(0, keepdim=True), y])
-        for block, x in zip(model.blocks, inputs):
+        for block, x, weight in zip(model.blocks, inputs, weights):
             q, k = heads_of(block.attn, block.norm1(x[image]))
             n, d = q.shape[1:]
             scores = torch.einsum("hid,hjd->hij", q, k) / math.sqrt(d)
             move = (scores.exp() / scores.exp().sum(-1, keepdim=True)).mean(0)
-            y = 0.5 * torch.eye(n).to(y) @ y + 0.5 * move @ y
+            y = (1 - weight[image]) * (torch.eye(n).to(y) @ y) + weight[image] * (move @ y)
         out.append(y[0] if model.pool == "cls" else y.mean(0))
     return torch.stack(out)
 
 
 def swin_reference(model, images, labels):
-    inputs = iter(block_inputs(model, images))
+    inputs, weights = iter(block_inputs(model, images)), weights_of_attention(model, images)
     size = [side // model.patch_size for side in images.shape[2:]]
     y = labels
     for stage in model.layers:
@@ -90,7 +105,8 @@ def swin_reference(model, images, labels):
             x = next(inputs)
             assert list(x.shape[1:3]) == size
             move = swin_matrix(block, x, size, shifted=i % 2 == 1)  # (B, N, N)
-            y = (y + move @ y) / 2
+            weight = next(weights).flatten(1, 2)
+            y = (1 - weight) * y + weight * (move @ y)
         if stage.downsample is not None:
             y = torch.einsum("ij,bjk->bik", merge_matrix(size).to(y), y)
             size = [(side + 1) // 2 for side in size]
@@ -134,10 +150,13 @@ def merge_matrix(size):
     return matrix / matrix.sum(1, keepdim=True)
 
 
+def blocks_of(model):
+    return [m for m in model.modules() if type(m).__name__ == "Block"]
+
+
 def block_inputs(model, images):
     seen = []
-    blocks = [m for m in model.modules() if type(m).__name__ == "Block"]
-    hooks = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for b in blocks]
+    hooks = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for b in blocks_of(model)]
     model(images)
     for hook in hooks:
         hook.remove()
@@ -145,10 +164,12 @@ def block_inputs(model, images):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("residual", ["half", "norm"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_labels_move_as_the_layers_move_tokens(setting, fused):
+def test_labels_move_as_the_layers_move_tokens(setting, fused, residual):
     make, images, labels = setting
-    model, images, labels = make(fused=fused).double(), images.double(), labels.double()
+    model = make(fused=fused, residual=residual).double()
+    images, labels = images.double(), labels.double()
     reference = vit_reference if isinstance(model, vit.ViT) else swin_reference
     _, aligned = model(images, labels)
     expected = reference(model, images, labels)
@@ -173,10 +194,11 @@ def test_one_share_a_token_equals_dense_class_labels(setting, fused):
 
 
 @torch.no_grad()
-def test_rows_sum_to_one_in_every_layer(setting):
+@pytest.mark.parametrize("residual", ["half", "norm"])
+def test_rows_sum_to_one_in_every_layer(setting, residual):
     make, images, share = setting
     labels = torch.cat([1 - share, 0.3 * share, 0.7 * share], dim=-1)
-    for label_map, read in make().layer_labels(images, labels):
+    for label_map, read in make(residual=residual).layer_labels(images, labels):
         for y in (label_map, read):
             torch.testing.assert_close(y.sum(-1), torch.ones(y.shape[:-1]))
             assert y.min() >= 0
@@ -200,9 +222,8 @@ def test_logits_are_the_same_with_and_without_labels(setting):
 
 def test_no_gradient_reaches_the_network_through_labels(setting):
     make, images, labels = setting
-    for fused in (False, True):
-        model = make(fused=fused)
-        _, aligned = model(images, labels)
+    for kwargs in ({"fused": False}, {"fused": True}, {"residual": "norm"}):
+        _, aligned = make(**kwargs)(images, labels)
         assert not aligned.requires_grad
 
 

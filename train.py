@@ -66,6 +66,9 @@ class Settings:
     model: str = option("vit_micro", "which model", [*MODELS])
     mix: str = option("cutmix", "how two images are mixed", ["cutmix", "mixup", "none"])
     targets: str = option("tl_align", "how the label of a mix is set", ["tl_align", "area", "transmix"])
+    residual: str = option(
+        "half", "how tl_align weighs a residual: the paper's half, or by norm", ["half", "norm"]
+    )
     img_size: int = option(None, "side of the images in pixels", low=1)
     patch_size: int = option(None, "side of a patch in pixels", low=1)
     epochs: int = option(None, "passes over the training set", low=1)
@@ -175,7 +178,7 @@ def recipe(s, side, images):
         "workers": min(cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16),
         "bf16": cuda,
         "compile": cuda,
-        "out": f"runs/{Path(s.data).name}-{s.model}-{s.mix}-{s.targets}",
+        "out": f"runs/{Path(s.data).name}-{s.model}-{s.mix}-{s.targets}{'-norm' * (s.residual == 'norm')}",
     }
     return dataclasses.replace(s, **{k: v for k, v in fitting.items() if getattr(s, k) is None})
 
@@ -217,7 +220,12 @@ def build(s, classes):
         window = {"window": 4 if small else 7 if s.img_size % last else max(7, s.img_size // last)}
     try:
         return MODELS[s.model](
-            img_size=s.img_size, patch_size=s.patch_size, num_classes=classes, drop_path=s.drop_path, **window
+            img_size=s.img_size,
+            patch_size=s.patch_size,
+            num_classes=classes,
+            drop_path=s.drop_path,
+            residual=s.residual,
+            **window,
         )
     except ValueError as e:
         raise InputError(f"--img-size does not fit {s.model}: {e}") from e

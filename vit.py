@@ -62,8 +62,9 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, fused=None):
+    def __init__(self, dim, heads, fused=None, residual="half"):
         super().__init__()
+        self.residual = residual
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, fused)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -72,7 +73,9 @@ class Block(nn.Module):
         )
 
     def forward(self, x, labels=None, keep=(None, None)):
-        moved, labels = self.attn(self.norm1(x), labels)  # tokens and labels move together
+        moved, aligned = self.attn(self.norm1(x), labels)  # tokens and labels move together
+        if labels is not None:
+            labels = tl_align.weigh(labels, aligned, x, moved) if self.residual == "norm" else aligned
         x = x + drop_path(moved, keep[0])
         x = x + drop_path(self.mlp(self.norm2(x)), keep[1])  # token by token: labels stay
         return x, labels
@@ -86,7 +89,8 @@ def drop_path(branch, keep):
 class ViT(nn.Module):
     """img_size and patch_size are in pixels, dim is the width of a token, drop_path the rate of the
     last block (it grows from 0). pool is what the head reads: "cls", the class token, or "avg", the
-    mean of all patches, and then there is no class token. fused: see `Attention`.
+    mean of all patches, and then there is no class token. fused: see `Attention`. residual: how much
+    of a label an attention replaces, "half" as in the paper, or "norm", see `tl_align.weigh`.
 
     Raises ValueError when patches do not tile the image.
     """
@@ -102,12 +106,15 @@ class ViT(nn.Module):
         drop_path=0.0,
         pool="cls",
         fused=None,
+        residual="half",
     ):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"patches of {patch_size} px do not tile an image of {img_size} px")
         if pool not in ("cls", "avg"):
             raise ValueError(f'pool is "cls" or "avg", got {pool!r}')
+        if residual not in ("half", "norm"):
+            raise ValueError(f'residual is "half" or "norm", got {residual!r}')
         self.img_size, self.patch_size = img_size, patch_size
         self.depth, self.drop_path, self.pool = depth, drop_path, pool
         tokens = (img_size // patch_size) ** 2 + (pool == "cls")
@@ -115,7 +122,7 @@ class ViT(nn.Module):
         if pool == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, fused) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, fused, residual) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         for name, p in self.named_parameters():

@@ -1,0 +1,168 @@
+"""Whose image does the head really read? The shares that methods assign, held against the truth
+(the paper's Figure 4 and its token fluctuation).
+
+    python experiments/mixing_ratio.py                                  # built-in images, minutes on a CPU
+    python experiments/mixing_ratio.py --data cifar10 --images 5000 --seeds 5     # runs of compare.py, too
+
+Validation images are mixed by CutMix and shown to models trained with the area target and with aligned
+ones. Area, TransMix (ViT only), TL-Align and TL-Align with residuals weighed by norm each say what share
+of the mix is the pasted image's, TL-Align after every layer, as the head would read it there. Two truths:
+
+    influence   The share of the pasted image in what the head's answer owes to both. Either source is
+                taken away by putting the mean patch in the place of its patches; a source's worth is its
+                Shapley value over the four combinations, a vector of logits,
+                    phi_2 = (v(2) - v() + v(1, 2) - v(1)) / 2,    likewise phi_1,
+                and the share is |phi_2| / (|phi_1| + |phi_2|), with the Euclidean norm.
+    objects     For the built-in images, whose objects are known: the pasted object's visible pixels, as a
+                share of those of both objects. Mixes that show neither are left out.
+
+For each: mean absolute error, and Spearman's rank correlation over the mixes, as the mean over seeds, with
+95 % intervals by bootstrap over pairs of images. Fluctuation is how far a token's label is, on average,
+from the share of its own pixels.
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+
+from runs import arguments, chart, data, model_of, open_part, parsed, settings, table, train_all, write
+
+# isort: split
+import tl_align  # from where `runs` has put the path
+
+TRAINED = ("area", "TL-Align")
+RULES = {"TL-Align": "half", "TL-Align, norm": "norm"}
+
+
+def mixes(part, s, n):
+    """n validation images, and the masks that mix them: (n, 3, S, S) normalised and (n, 1, S, S)."""
+    crops = data.Crops(part, s.img_size)
+    images = data.normalize(torch.stack([crops[i, ()][0][0] for i in range(n)]))
+    rand = data.uniform((n, 3), "mixing ratio")
+    return images, tl_align.cutmix_mask(rand, images.shape[-2:], s.patch_size)
+
+
+def influence(model, mixed, mask, mean):
+    """The first truth: (B,). mixed, mask: of a batch. mean: the mean patch all over, (1, 3, S, S)."""
+    both, none = model(mixed), model(mean)
+    own, other = model(torch.lerp(mixed, mean, mask)), model(torch.lerp(mean.expand_as(mixed), mixed, mask))
+    first, second = own - none + both - other, other - none + both - own  # twice the Shapley values
+    return second.norm(dim=1) / (first.norm(dim=1) + second.norm(dim=1))
+
+
+def objects(masks, mask):
+    """The second truth: (B,), nan where no object is seen. masks: of the objects, (B, 1, S, S)."""
+    seen, pasted = (masks * (1 - mask)).sum((1, 2, 3)), (tl_align.partner(masks) * mask).sum((1, 2, 3))
+    return pasted / (seen + pasted)
+
+
+def look(model, images, mask, s):
+    """What each method says of each mix, {(method, layer): (n,)}, the influence, (n,), and how far labels
+    have moved, {(method, layer): mean}."""
+    said, true, moved = {}, [], {}
+    mean = rearrange(images, "b c (h p) (w q) -> c p q (b h w)", p=s.patch_size, q=s.patch_size).mean(-1)
+    mean = repeat(
+        mean, "c p q -> 1 c (h p) (w q)", h=s.img_size // s.patch_size, w=s.img_size // s.patch_size
+    )
+    for x, m in zip(tl_align.mix(images, mask).split(200), mask.split(200)):
+        x, m, mean = (t.to(s.device) for t in (x, m, mean))
+        labels = tl_align.token_labels(m, s.patch_size)
+        found = {("area", ""): labels.mean((1, 2))}
+        if not s.model.startswith("swin"):
+            found["TransMix", ""] = model(x, labels, transmix=True)[1][:, 0]
+        for method, rule in RULES.items():
+            for block in (b for b in model.modules() if hasattr(b, "residual")):
+                block.residual = rule
+            for layer, (tokens, read) in enumerate(model.layer_labels(x, labels)[1:], 1):
+                found[method, layer] = read[:, 0]
+                pixels = F.adaptive_avg_pool2d(m, tokens.shape[1:3])[:, 0]
+                moved.setdefault((method, layer), []).append((tokens[..., 0] - pixels).abs().mean().item())
+        for key, share in found.items():
+            said.setdefault(key, []).append(share.cpu())
+        true.append(influence(model, x, m, mean).cpu())
+    moved = {key: sum(values) / len(values) for key, values in moved.items()}
+    return {key: torch.cat(shares) for key, shares in said.items()}, torch.cat(true), moved
+
+
+def ranks(x):
+    """The rank of each number along the last axis; equal ones share theirs."""
+    return (x[..., :, None] > x[..., None, :]).sum(-1) + (x[..., :, None] == x[..., None, :]).sum(-1) / 2
+
+
+def scores(said, true, resamples=1000):
+    """Error and rank correlation, each as (value, low, high), of shares (seeds, n) against the truth."""
+    n = true.shape[1]
+    drawn = torch.randint(n // 2, (resamples, n // 2), generator=data.generator("bootstrap"))
+    times = torch.zeros(resamples, n // 2).scatter_add(1, drawn, torch.ones(drawn.shape))
+    weight = torch.cat([torch.ones(1, n), times.repeat_interleave(2, dim=1)])  # first as it is, then drawn
+    seen = ~true.isnan()[0]
+    weight = (weight[:, seen] / weight[:, seen].sum(1, keepdim=True)).double()
+
+    def mean(x):  # (seeds, n) to (1 + resamples, seeds)
+        return weight @ x.double().T
+
+    said, true = said[:, seen], true[:, seen]
+    a, b = (r - r.mean(1, keepdim=True) for r in (ranks(said), ranks(true)))
+    covariance = mean(a * b) - mean(a) * mean(b)
+    correlation = covariance / ((mean(a * a) - mean(a) ** 2) * (mean(b * b) - mean(b) ** 2)).sqrt()
+    for values in (mean((said - true).abs()).mean(1), correlation.mean(1)):
+        yield values[0].item(), *values[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+
+
+def main():
+    parser = arguments(__doc__, epochs=10)
+    parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
+    args = parsed(parser)
+    sets = open_part(args)
+    n = min(args.mixes, len(sets.val)) // 2 * 2
+    runs = {
+        (model, trained): [settings(args, sets, model, trained, seed) for seed in range(args.seeds)]
+        for model in args.models
+        for trained in TRAINED
+    }
+    train_all([(s, sets) for seeds in runs.values() for s in seeds], args)
+
+    last, layers, panels = [], [], []
+    for (model, trained), seeds in runs.items():
+        images, mask = mixes(sets.val, seeds[0], n)
+        looks = [look(model_of(s, sets), images, mask, s) for s in seeds]
+        truths = {"influence": torch.stack([true for _, true, _ in looks])}
+        if args.data == "shapes":
+            masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
+            truths["objects"] = objects(masks, mask).expand(args.seeds, -1)
+        depth = max(layer for _, layer in looks[0][2])
+        found = {}
+        for key in looks[0][0]:
+            said = torch.stack([said[key] for said, _, _ in looks])
+            found[key] = {name: [*scores(said, true)] for name, true in truths.items()}
+            moved = [m[key] for _, _, m in looks if key in m]
+            cells = [
+                f"{v:.3f} ({low:.3f} to {high:.3f})" for pair in found[key].values() for v, low, high in pair
+            ]
+            row = [model, trained, *key, *cells, f"{sum(moved) / len(moved):.3f}" if moved else ""]
+            layers.append(row)
+            last += [row[:3] + row[4:]] * (key[1] in ("", depth))
+        print(f"{model} trained with {trained}: looked at {n} mixes", flush=True)
+        for truth in truths:
+            series = {
+                method: [
+                    found.get((method, at), found.get((method, "")))[truth][0] for at in range(1, depth + 1)
+                ]
+                for method in dict.fromkeys(method for method, _ in found)
+            }
+            title = f"{model} trained with {trained}: {truth}"
+            panels.append((title, [str(at) for at in range(1, depth + 1)], series))
+    head = ["model", "trained with", "method", "layer"]
+    head += [f"{truth}: {what}" for truth in truths for what in ("error", "rank correlation")] + [
+        "fluctuation"
+    ]
+    text = table(head[:3] + head[4:], last)
+    text += f"\n{n} mixes of validation images of {args.data}, models of {args.epochs} epochs of "
+    text += f"{len(sets.train)} images, seeds 0 to {args.seeds - 1}; 95 % intervals by bootstrap.\n"
+    label = "mean absolute error of the share, by layer"
+    more = "\nAfter each layer:\n\n" + table(head, layers)
+    write(args, "mixing_ratio", text, chart(panels, label, columns=len(truths) * len(TRAINED)), more)
+
+
+if __name__ == "__main__":
+    main()

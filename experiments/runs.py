@@ -1,0 +1,267 @@
+"""What the experiments share: training runs side by side, each done once, and how results are shown.
+
+A run is `train.train` in a process of its own. Its folder is named by what it is, under --runs: a run
+that is done is not done again, by whichever experiment, and one that was stopped goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import statistics
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from html import escape
+from pathlib import Path
+
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
+import swin  # noqa: E402
+import train as script  # noqa: E402
+
+METHODS = {
+    "no mixing": {"mix": "none"},
+    "Mixup": {"mix": "mixup"},
+    "area": {"targets": "area"},
+    "TransMix": {"targets": "transmix"},
+    "TL-Align": {},
+    "TL-Align, norm": {"residual": "norm"},
+}
+
+
+def swin_5m(**kwargs):
+    """A Swin of DeiT-T's size for 32 px: 16 x 16 tokens, then 8 x 8 and 4 x 4; 5.2 million parameters."""
+    return swin.Swin(**{"dim": 64, "depths": (2, 6, 4), "heads": (2, 4, 8), "window": 4, **kwargs})
+
+
+script.MODELS["swin_5m"] = swin_5m
+
+
+def arguments(doc, **defaults):
+    """A parser of what all experiments take; defaults replace those of this list."""
+    first, _, rest = doc.partition("\n")
+    parser = argparse.ArgumentParser(
+        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options = {
+        "data": ("shapes", "shapes, a torchvision set, or a folder, as for train.py"),
+        "root": ("data", "folder that torchvision's sets are downloaded to"),
+        "models": (["vit_micro", "swin_micro"], "which models"),
+        "images": (2000, "training images, chosen by chance; 0 for all"),
+        "val_images": (2000, "validation images, likewise"),
+        "epochs": (16, "passes over the training images"),
+        "batch_size": (64, "images a step"),
+        "seeds": (1, "runs of each kind, with seeds from 0"),
+        "jobs": (None, "runs side by side [one a core; 5 on a GPU]"),
+        "device": ("cuda" if torch.cuda.is_available() else "cpu", "where to train"),
+        "runs": ("runs/experiments", "folder of the runs and the results"),
+    }
+    for name, (default, help) in options.items():
+        default = defaults.get(name, default)
+        many = {"nargs": "+"} if isinstance(default, list) else {}
+        kind = str if isinstance(default, (str, list)) else int
+        text = f"{help} [{default}]" if default is not None else help
+        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text, **many)
+    parser.add_argument(
+        "--full",
+        action="store_true",
+        help="DeiT-T and a Swin of like size, 100 epochs of all of CIFAR-10, five seeds: for a GPU",
+    )
+    return parser
+
+
+def parsed(parser):
+    """The arguments; --full stands in for those that were not given."""
+    args = parser.parse_args()
+    if args.full:
+        parser.set_defaults(data="cifar10", models=["deit_tiny", "swin_5m"], images=0, val_images=0)
+        parser.set_defaults(epochs=100, batch_size=128, seeds=5)
+        args = parser.parse_args()
+    args.jobs = args.jobs or (5 if args.device.startswith("cuda") else script.cpus())
+    return args
+
+
+def open_part(args, classes=None):
+    """The sets of --data, of chosen images, and of the classes numbered so, which then count from 0."""
+    sets = data.open_sets(args.data, args.root)
+    parts = []
+    for name, part, most in (("train", sets.train, args.images), ("val", sets.val, args.val_images)):
+        chosen = torch.randperm(len(part), generator=data.generator("chosen", name))
+        if classes:
+            targets = part.tensors[1] if isinstance(part, TensorDataset) else torch.tensor(part.targets)
+            chosen = chosen[torch.isin(targets[chosen], torch.tensor(classes))]
+        part = Subset(part, chosen[: most or None].tolist())
+        parts.append(Renumbered(part, classes) if classes else part)
+    return data.Sets(*parts, [sets.classes[i] for i in classes or range(len(sets.classes))], sets.flip)
+
+
+class Renumbered(torch.utils.data.Dataset):
+    def __init__(self, part, classes):
+        self.part, self.number = part, {c: i for i, c in enumerate(classes)}
+
+    def __len__(self):
+        return len(self.part)
+
+    def __getitem__(self, i):
+        image, target = self.part[i]
+        return image, self.number[int(target)]
+
+
+def settings(args, sets, model, method, seed, **more):
+    """The complete settings of one run."""
+    side, of = data.native_size(sets.train), f"{Path(args.data).name}-{len(sets.train)}x{args.epochs}"
+    name = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
+    more = {"out": f"{args.runs}/{of}/{name}", "epochs": args.epochs, **METHODS[method], **more}
+    s = script.Settings(data=args.data, model=model, seed=seed, device=args.device, **more)
+    small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
+    s = script.dataclasses.replace(s, bf16=True, **small)  # twice as fast on a CPU too
+    s = script.recipe(s, side, len(sets.train))
+    script.check(s, len(sets.train), 1)
+    return s
+
+
+def one(s, sets, threads):
+    """Train, in a process of the pool."""
+    torch.set_num_threads(threads)
+    out = Path(s.out)
+    out.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
+        script.train(s, sets, out)
+    return time.perf_counter() - began
+
+
+def done(s):
+    """The epochs of a run that is finished, as its metrics.jsonl tells them; else None."""
+    path = Path(s.out) / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.open()] if path.exists() else []
+    return lines if len(lines) == s.epochs else None
+
+
+def train_all(runs, args):
+    """Train what is not done yet. runs: pairs of settings and sets. Prints each as it ends."""
+    todo = [(s, sets) for s, sets in runs if not done(s)]
+    print(f"{len(runs)} runs, {len(todo)} of them to do, {args.jobs} side by side", flush=True)
+    if not todo:
+        return
+    began, threads = time.perf_counter(), max(1, script.cpus() // args.jobs)
+    with ProcessPoolExecutor(min(args.jobs, len(todo)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(one, s, sets, threads): s for s, sets in todo}
+        try:
+            for count, future in enumerate(as_completed(futures), 1):
+                took, s = future.result(), futures[future]
+                left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
+                top1 = done(s)[-1]["val_top1"]
+                print(
+                    f"{count}/{len(todo)}  {s.out}: {top1:.2f} %, {took:.0f} s; {left:.0f} min left",
+                    flush=True,
+                )
+        except (KeyboardInterrupt, script.Ended):
+            pool.shutdown(cancel_futures=True)
+            sys.exit("stopped; the same command goes on from the runs that are done")
+
+
+def model_of(s, sets):
+    """The trained model of a run, ready to be looked at."""
+    model = script.build(s, len(sets.classes)).to(s.device).eval()
+    script.load_weights(model, script.read_checkpoint(f"{s.out}/last.pt"), s.out)
+    return model.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------
+# Intervals, tables, charts.
+
+# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; the last one serves for more.
+STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+
+def interval(values):
+    """Mean of a few runs and half the width of its 95 % interval (Student's t; nan for one run)."""
+    n, mean = len(values), statistics.fmean(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, STUDENT[min(n - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(n)
+
+
+def table(head, rows):
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def write(args, name, text, chart, more=""):
+    """Print the text, and leave it, and what is too long to print, as NAME.md beside the chart, NAME.svg."""
+    print("\n" + text)
+    folder = Path(args.runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(text + more)
+    (folder / f"{name}.svg").write_text(chart)
+    print(f"the same in {folder}/{name}.md, and drawn in {name}.svg")
+
+
+COLOURS = ["#888888", "#2b6cb0", "#d9822b", "#2f8f5b", "#b0413e", "#7b4fa3"]
+
+
+def chart(panels, label, columns=None, joined=True, width=330, height=220):
+    """Lines in SVG. panels: (title, names of the places on the x axis, {series: points}), with a point
+    (y, low, high) or None for each place. label: of the y axis. joined: whether lines join the points."""
+    names = list(dict.fromkeys(name for _, _, series in panels for name in series))
+    colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    columns, left, above = columns or len(panels), 52, 40
+    below = 34 + 4 * max(len(place) for _, places, _ in panels for place in places)
+    rows = math.ceil(len(panels) / columns)
+    size = f'viewBox="0 0 {width * columns} {30 + rows * (above + height + below)}"'
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">',
+        '<rect width="100%" height="100%" fill="white"/>',
+    ]
+    at = 14
+    for name in names:
+        out.append(f'<circle cx="{at}" cy="16" r="4" fill="{colour[name]}"/>')
+        out.append(f'<text x="{at + 8}" y="20">{escape(name)}</text>')
+        at += 34 + 6 * len(name)
+    for number, (title, places, series) in enumerate(panels):
+        x0, w = number % columns * width + left, width - left - 12
+        top = 30 + number // columns * (above + height + below) + above
+        values = [v for points in series.values() for p in points if p for v in p if math.isfinite(v)]
+        low, high = min(values), max(values)
+        step = 10 ** math.floor(math.log10((high - low) or 1))
+        step = next(k * step for k in (0.1, 0.2, 0.5, 1, 2) if (high - low or 1) / (k * step) <= 7)
+        low = math.floor(low / step) * step
+        lines = max(1, math.ceil((high - low) / step - 1e-6))
+
+        def y(v):
+            return round(top + height * (1 - (v - low) / (lines * step)), 1)
+
+        middle = f'x="{x0 + w / 2:.0f}" text-anchor="middle"'
+        out.append(f'<text {middle} y="{top - 24}" font-size="12">{escape(title)}</text>')
+        out.append(f'<text x="{x0 - 34}" y="{top - 9}" fill="#555">{escape(label)}</text>')
+        for i in range(lines + 1):
+            v = low + i * step
+            paint = "#888" if abs(v) < step / 9 else "#e4e4e4"
+            out.append(f'<path d="M{x0} {y(v)}h{w}" stroke="{paint}"/>')
+            out.append(f'<text x="{x0 - 5}" y="{y(v) + 4}" text-anchor="end">{round(v, 6):g}</text>')
+        x = [x0 + w * (i + 0.5) / len(places) for i in range(len(places))]
+        for at, place in zip(x, places):
+            spot = f'x="{at:.0f}" y="{top + height + 14}"'
+            turn = f'text-anchor="end" transform="rotate(-35 {at:.0f} {top + height + 14})"'
+            turn = turn if len(place) > 3 else 'text-anchor="middle"'
+            out.append(f"<text {spot} {turn}>{escape(place)}</text>")
+        for k, (name, points) in enumerate(series.items()):
+            shift, paint = 4 * (k - (len(series) - 1) / 2), colour[name]  # so that bars stand side by side
+            here = [(at + shift, *p) for at, p in zip(x, points) if p]
+            if joined:
+                line = " ".join(f"{at:.1f},{y(v)}" for at, v, *_ in here)
+                out.append(f'<polyline points="{line}" fill="none" stroke="{paint}" stroke-width="1.5"/>')
+            for at, v, least, most in here:
+                if math.isfinite(least):
+                    out.append(
+                        f'<path d="M{at:.1f} {y(least)}V{y(most)}" stroke="{paint}" stroke-width="2"/>'
+                    )
+                out.append(f'<circle cx="{at:.1f}" cy="{y(v)}" r="3" fill="{paint}"/>')
+    return "\n".join([*out, "</svg>\n"])

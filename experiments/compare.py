@@ -14,60 +14,47 @@ the area's, from runs side by side: within some percent (`experiments/cost.py` m
 
 import statistics
 
-from runs import (
-    METHODS,
-    arguments,
-    chart,
-    done,
-    interval,
-    open_part,
-    parsed,
-    settings,
-    table,
-    train_all,
-    write,
-)
+import runs
 
 
 def main():
-    parser = arguments(__doc__, epochs=10, seeds=3)
-    parser.add_argument("--methods", nargs="+", default=[*METHODS], choices=METHODS, help="which methods")
-    args = parsed(parser)
-    sets = open_part(args)
-    methods = [m for m in METHODS if m in args.methods or m == "area"]
-    runs = {
-        (model, method, seed): settings(args, sets, model, method, seed)
+    parser = runs.arguments(__doc__, epochs=10, seeds=3)
+    parser.add_argument("--methods", nargs="+", default=[*runs.METHODS], choices=runs.METHODS, help="which")
+    args = runs.parsed(parser)
+    sets = runs.open_part(args)
+    methods = [m for m in runs.METHODS if m in args.methods or m == "area"]
+    trained = {
+        (model, method, seed): runs.settings(args, sets, model, method, seed)
         for seed in range(args.seeds)
         for model in args.models
         for method in methods
         if method != "TransMix" or not model.startswith("swin")
     }
-    train_all([(s, sets) for s in runs.values()], args)
+    runs.train_all([(s, sets) for s in trained.values()], args)
 
     rows, panels = [], []
     for model in args.models:
         top1, seconds = {}, {}
-        for (name, method, _), s in runs.items():
+        for (name, method, _), s in trained.items():
             if name == model:
-                epochs = done(s)
+                epochs = runs.done(s)
                 top1.setdefault(method, []).append(epochs[-1]["val_top1"])
                 seconds.setdefault(method, []).append(
                     statistics.median(1 / e["images_per_s"] for e in epochs)
                 )
         points = []
         for method in top1:
-            mean, half = interval([a - b for a, b in zip(top1[method], top1["area"])])
+            gains = [a - b for a, b in zip(top1[method], top1["area"])]
+            mean, half = runs.interval(gains)
             cost = statistics.fmean(a / b for a, b in zip(seconds[method], seconds["area"]))
-            gain = "" if method == "area" else f"{mean:+.2f} ± {half:.2f}"
+            gain = "" if method == "area" else runs.signed(gains)
             rows.append([model, method, f"{statistics.fmean(top1[method]):.2f}", gain, f"{cost:.2f}"])
-            points.append(None if method == "area" else (mean, mean - half, mean + half))
-        panels.append((model, [*top1], {"mean difference to area, 95 % interval": points}))
+            points.append((mean, mean - half, mean + half))
+        panels.append((model, [*top1], {"mean difference to area and its 95 % interval": points}))
     head = ["model", "method", "top-1 %", "difference to area", "time of a step / area's"]
-    text = table(head, rows) + (
-        f"\n{len(sets.train)} training and {len(sets.val)} validation images of {args.data}, "
-        f"{args.epochs} epochs, seeds 0 to {args.seeds - 1}; ± is half the 95 % interval.\n"
-    )
-    write(args, "compare", text, chart(panels, "top-1, percentage points", joined=False))
+    text = runs.table(head, rows)
+    text += f"\n{len(sets.val)} validation images of {args.data}.{runs.made_of(args, sets)}\n"
+    runs.write(args, "compare", text, runs.chart(panels, "top-1, percentage points", joined=False))
 
 
 if __name__ == "__main__":

@@ -25,10 +25,9 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 
-from runs import arguments, chart, data, model_of, open_part, parsed, settings, table, train_all, write
-
-# isort: split
-import tl_align  # from where `runs` has put the path
+import runs
+import tl_align  # on the path that `runs` has set
+from runs import data
 
 TRAINED = ("area", "TL-Align")
 RULES = {"TL-Align": "half", "TL-Align, norm": "norm"}
@@ -110,22 +109,22 @@ def scores(said, true, resamples=1000):
 
 
 def main():
-    parser = arguments(__doc__, epochs=10)
+    parser = runs.arguments(__doc__, epochs=10)
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
-    args = parsed(parser)
-    sets = open_part(args)
+    args = runs.parsed(parser)
+    sets = runs.open_part(args)
     n = min(args.mixes, len(sets.val)) // 2 * 2
-    runs = {
-        (model, trained): [settings(args, sets, model, trained, seed) for seed in range(args.seeds)]
+    trained_by = {
+        (model, trained): [runs.settings(args, sets, model, trained, seed) for seed in range(args.seeds)]
         for model in args.models
         for trained in TRAINED
     }
-    train_all([(s, sets) for seeds in runs.values() for s in seeds], args)
+    runs.train_all([(s, sets) for seeds in trained_by.values() for s in seeds], args)
 
     last, layers, panels = [], [], []
-    for (model, trained), seeds in runs.items():
+    for (model, trained), seeds in trained_by.items():
         images, mask = mixes(sets.val, seeds[0], n)
-        looks = [look(model_of(s, sets), images, mask, s) for s in seeds]
+        looks = [look(runs.model_of(s, sets), images, mask, s) for s in seeds]
         truths = {"influence": torch.stack([true for _, true, _ in looks])}
         if args.data == "shapes":
             masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
@@ -136,9 +135,8 @@ def main():
             said = torch.stack([said[key] for said, _, _ in looks])
             found[key] = {name: [*scores(said, true)] for name, true in truths.items()}
             moved = [m[key] for _, _, m in looks if key in m]
-            cells = [
-                f"{v:.3f} ({low:.3f} to {high:.3f})" for pair in found[key].values() for v, low, high in pair
-            ]
+            both = [score for truth in found[key].values() for score in truth]
+            cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in both]
             row = [model, trained, *key, *cells, f"{sum(moved) / len(moved):.3f}" if moved else ""]
             layers.append(row)
             last += [row[:3] + row[4:]] * (key[1] in ("", depth))
@@ -153,15 +151,14 @@ def main():
             title = f"{model} trained with {trained}: {truth}"
             panels.append((title, [str(at) for at in range(1, depth + 1)], series))
     head = ["model", "trained with", "method", "layer"]
-    head += [f"{truth}: {what}" for truth in truths for what in ("error", "rank correlation")] + [
-        "fluctuation"
-    ]
-    text = table(head[:3] + head[4:], last)
-    text += f"\n{n} mixes of validation images of {args.data}, models of {args.epochs} epochs of "
-    text += f"{len(sets.train)} images, seeds 0 to {args.seeds - 1}; 95 % intervals by bootstrap.\n"
+    head += [f"{truth}: {what}" for truth in truths for what in ("error", "rank correlation")]
+    head.append("fluctuation")
+    text = runs.table(head[:3] + head[4:], last)
+    text += f"\n{n} mixes of validation images of {args.data}.{runs.made_of(args, sets)}\n"
     label = "mean absolute error of the share, by layer"
-    more = "\nAfter each layer:\n\n" + table(head, layers)
-    write(args, "mixing_ratio", text, chart(panels, label, columns=len(truths) * len(TRAINED)), more)
+    more = "\nAfter each layer:\n\n" + runs.table(head, layers)
+    chart = runs.chart(panels, label, columns=len(truths) * len(TRAINED))
+    runs.write(args, "mixing_ratio", text, chart, more)
 
 
 if __name__ == "__main__":

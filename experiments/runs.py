@@ -6,6 +6,7 @@ that is done is not done again, by whichever experiment, and one that was stoppe
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -17,7 +18,7 @@ from html import escape
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
@@ -86,54 +87,57 @@ def parsed(parser):
     return args
 
 
-def open_part(args, classes=None):
-    """The sets of --data, of chosen images, and of the classes numbered so, which then count from 0."""
+def open_part(args, classes=None, images=None):
+    """The sets of --data, of as many images as are wanted, chosen by chance, and of the classes in the
+    range, whose numbers then count from 0."""
     sets = data.open_sets(args.data, args.root)
-    parts = []
-    for name, part, most in (("train", sets.train, args.images), ("val", sets.val, args.val_images)):
-        chosen = torch.randperm(len(part), generator=data.generator("chosen", name))
-        if classes:
-            targets = part.tensors[1] if isinstance(part, TensorDataset) else torch.tensor(part.targets)
-            chosen = chosen[torch.isin(targets[chosen], torch.tensor(classes))]
-        part = Subset(part, chosen[: most or None].tolist())
-        parts.append(Renumbered(part, classes) if classes else part)
-    return data.Sets(*parts, [sets.classes[i] for i in classes or range(len(sets.classes))], sets.flip)
+    classes, parts = classes or range(len(sets.classes)), []
+    for name, part, most in (
+        ("train", sets.train, images or args.images),
+        ("val", sets.val, args.val_images),
+    ):
+        order = torch.randperm(len(part), generator=data.generator("chosen", name)).tolist()
+        if len(classes) < len(sets.classes):
+            targets = part.tensors[1].tolist() if isinstance(part, TensorDataset) else part.targets
+            order = [i for i in order if targets[i] in classes]
+        parts.append(Part(part, order[: most or None], classes.start))
+    return data.Sets(*parts, [sets.classes[i] for i in classes], sets.flip)
 
 
-class Renumbered(torch.utils.data.Dataset):
-    def __init__(self, part, classes):
-        self.part, self.number = part, {c: i for i, c in enumerate(classes)}
+class Part(Dataset):
+    """Chosen images of a set, classes counted from `first`."""
+
+    def __init__(self, dataset, indices, first):
+        self.dataset, self.indices, self.first = dataset, indices, first
 
     def __len__(self):
-        return len(self.part)
+        return len(self.indices)
 
     def __getitem__(self, i):
-        image, target = self.part[i]
-        return image, self.number[int(target)]
+        image, target = self.dataset[self.indices[i]]
+        return image, int(target) - self.first
 
 
-def settings(args, sets, model, method, seed, **more):
-    """The complete settings of one run."""
-    side, of = data.native_size(sets.train), f"{Path(args.data).name}-{len(sets.train)}x{args.epochs}"
-    name = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
-    more = {"out": f"{args.runs}/{of}/{name}", "epochs": args.epochs, **METHODS[method], **more}
-    s = script.Settings(data=args.data, model=model, seed=seed, device=args.device, **more)
-    small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
-    s = script.dataclasses.replace(s, bf16=True, **small)  # twice as fast on a CPU too
+def settings(args, sets, model, method, seed, name="", **more):
+    """The complete settings of one run. name: what is special about its sets."""
+    side, epochs = data.native_size(sets.train), more.get("epochs", args.epochs)
+    folder = f"{Path(args.data).name}{name}-{len(sets.train)}x{epochs}"
+    run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
+    more = {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **more}
+    s = script.Settings(data=args.data, model=model, seed=seed, device=args.device, bf16=True, **more)
+    if side <= data.SMALL:
+        s = dataclasses.replace(s, batch_size=args.batch_size, workers=0)
     s = script.recipe(s, side, len(sets.train))
     script.check(s, len(sets.train), 1)
     return s
 
 
-def one(s, sets, threads):
-    """Train, in a process of the pool."""
-    torch.set_num_threads(threads)
+def train(s, sets):
+    """Train one run, in a process of the pool. What it prints goes to log.txt in its folder."""
     out = Path(s.out)
     out.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         script.train(s, sets, out)
-    return time.perf_counter() - began
 
 
 def done(s):
@@ -144,32 +148,38 @@ def done(s):
 
 
 def train_all(runs, args):
-    """Train what is not done yet. runs: pairs of settings and sets. Prints each as it ends."""
-    todo = [(s, sets) for s, sets in runs if not done(s)]
-    print(f"{len(runs)} runs, {len(todo)} of them to do, {args.jobs} side by side", flush=True)
-    if not todo:
-        return
+    """Train what is not done yet. runs: pairs of settings and sets."""
+    todo = [run for run in runs if not done(run[0])]
+    side_by_side(train, todo, args, len(runs), lambda s: f"top-1 {done(s)[-1]['val_top1']:.2f} %")
+
+
+def side_by_side(function, todo, args, of, result):
+    """Call function(s, ...) for each tuple of todo, in processes; say each as it ends, with its result(s).
+    of: how many there are with those that are done."""
+    print(f"{of} of {function.__name__}, {len(todo)} to do, {args.jobs} side by side", flush=True)
     began, threads = time.perf_counter(), max(1, script.cpus() // args.jobs)
-    with ProcessPoolExecutor(min(args.jobs, len(todo)), multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(one, s, sets, threads): s for s, sets in todo}
+    with ProcessPoolExecutor(
+        args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
+    ) as pool:
+        futures = {pool.submit(function, *run): run[0] for run in todo}
         try:
             for count, future in enumerate(as_completed(futures), 1):
-                took, s = future.result(), futures[future]
-                left = (time.perf_counter() - began) / count * (len(todo) - count) / 60
-                top1 = done(s)[-1]["val_top1"]
+                future.result()
+                s, left = futures[future], (time.perf_counter() - began) / count * (len(todo) - count) / 60
                 print(
-                    f"{count}/{len(todo)}  {s.out}: {top1:.2f} %, {took:.0f} s; {left:.0f} min left",
+                    f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left",
                     flush=True,
                 )
-        except (KeyboardInterrupt, script.Ended):
+        except (KeyboardInterrupt, script.Ended, script.InputError) as e:
             pool.shutdown(cancel_futures=True)
-            sys.exit("stopped; the same command goes on from the runs that are done")
+            sys.exit(f"{e or 'stopped'}; the same command goes on from what is done")
 
 
 def model_of(s, sets):
-    """The trained model of a run, ready to be looked at."""
+    """The trained model of a run, or of the checkpoint s.eval, ready to be looked at."""
+    path = s.eval or f"{s.out}/last.pt"
     model = script.build(s, len(sets.classes)).to(s.device).eval()
-    script.load_weights(model, script.read_checkpoint(f"{s.out}/last.pt"), s.out)
+    script.load_weights(model, script.read_checkpoint(path), path)
     return model.requires_grad_(False)
 
 
@@ -186,6 +196,20 @@ def interval(values):
     if n < 2:
         return mean, math.nan
     return mean, STUDENT[min(n - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(n)
+
+
+def signed(values):
+    """The same as text: +1.23 ± 0.45."""
+    mean, half = interval(values)
+    return f"{mean:+.2f}" + (f" ± {half:.2f}" if half == half else "")
+
+
+def made_of(args, sets):
+    """A sentence on what was trained."""
+    return (
+        f" Models of {args.epochs} epochs of {len(sets.train)} training images, seeds 0 to {args.seeds - 1}; "
+        "± is half the 95 % interval over seeds."
+    )
 
 
 def table(head, rows):

@@ -1,0 +1,66 @@
+"""Does pre-training with aligned targets carry over to other classes? (the paper's Table 4)
+
+    python experiments/transfer.py                                      # built-in images, minutes on a CPU
+    python experiments/transfer.py --data cifar10 --images 10000 --seeds 5
+
+Models are trained on the first half of a set's classes, with the area target and with aligned targets,
+and then, by `--init`, with a new head on a few images of the other half. That second training mixes
+nothing and is the same for all, `train.py`'s recipe for fine-tuning; a model from scratch, trained as
+long on the same images by the ordinary recipe, stands beside them. Top-1 is of the second half's classes.
+"""
+
+import runs
+from runs import script
+
+TRAINED = ("area", "TL-Align")
+
+
+def main():
+    parser = runs.arguments(__doc__, epochs=10, images=4000)
+    parser.add_argument("--few", type=int, default=500, help="images of the other half to train on [500]")
+    parser.add_argument("--tune-epochs", type=int, default=20, help="passes over those [20]")
+    args = runs.parsed(parser)
+    number = len(script.data.open_sets(args.data, args.root).classes)
+    first = runs.open_part(args, range(number // 2))
+    second = runs.open_part(args, range(number // 2, number), args.few)
+
+    before = {
+        (model, way, seed): runs.settings(args, first, model, way, seed, "-first-half")
+        for seed in range(args.seeds)
+        for model in args.models
+        for way in TRAINED
+    }
+    runs.train_all([(s, first) for s in before.values()], args)
+    after = {}
+    for (model, way, seed), s in before.items():
+        for start, init in (("from scratch", None), (way, f"{s.out}/last.pt")):
+            name = f"-second-half-{start.lower().replace(' ', '-')}"
+            more = {"init": init, "epochs": args.tune_epochs}
+            after[model, start, seed] = runs.settings(args, second, model, "no mixing", seed, name, **more)
+    runs.train_all([(s, second) for s in after.values()], args)
+
+    rows, panels = [], []
+    for model in args.models:
+        top1 = {way: [] for way in ("from scratch", *TRAINED)}
+        for (name, way, _), s in after.items():
+            if name == model:
+                top1[way].append(runs.done(s)[-1]["val_top1"])
+        points = []
+        for way, values in top1.items():
+            mean, half = runs.interval(values)
+            gain = "" if way == "area" else runs.signed([a - b for a, b in zip(values, top1["area"])])
+            rows.append([model, way, f"{mean:.2f}", gain])
+            points.append((mean, mean - half, mean + half))
+        panels.append((model, [*top1], {"mean over seeds and its 95 % interval": points}))
+    text = runs.table(["model", "pre-trained with", "top-1 %", "difference to area"], rows)
+    text += (
+        f"\n{len(second.val)} validation images of {args.data}, of classes {second.classes[0]} to "
+        f"{second.classes[-1]}; {args.tune_epochs} epochs of {len(second.train)} training images of theirs."
+        f"{runs.made_of(args, first)}\n"
+    )
+    chart = runs.chart(panels, "top-1 %, other classes", joined=False)
+    runs.write(args, "transfer", text, chart)
+
+
+if __name__ == "__main__":
+    main()

@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -615,7 +616,8 @@ def train(s, sets, out):
     )
 
     def save(*also):
-        """Write last.pt, and as which other files."""
+        """Write last.pt, and as which other files: a copy, by the writer, while training goes on."""
+        nonlocal written
         with torch.no_grad():
             healthy = raw.eval()(torch.zeros(1, 3, s.img_size, s.img_size, device=s.device)).isfinite().all()
         if not healthy:
@@ -635,11 +637,14 @@ def train(s, sets, out):
             }
             if trainer.ema:
                 saved["ema"] = trainer.ema.state_dict()
-            write_beside(last, lambda file: torch.save(saved, file), *also)
+            written.result()  # of the one before; raises what went wrong with it
+            saved = copy.deepcopy(saved)
+            written = writer.submit(write_beside, last, lambda file: torch.save(saved, file), *also)
         return time.monotonic()
 
     saved_at = time.monotonic()
-    with stop_signals() as asked:
+    with stop_signals() as asked, ThreadPoolExecutor(1) as writer:
+        written = writer.submit(int)
         for epoch in range(len(history), s.epochs):
             raw.train()
             meter = meter or Meter(s.batch_size)
@@ -659,6 +664,7 @@ def train(s, sets, out):
                 if ends or due or stop:
                     saved_at = save()
                 if stop:
+                    written.result()
                     status = 128 + (asked() or signal.SIGTERM)
                     raise Ended(f"stopped after step {step}: the same command goes on from there", status)
 
@@ -688,6 +694,7 @@ def train(s, sets, out):
                 if epoch + 1 == s.epochs:
                     draw(weights, sets.val, s, out / "alignment.png")
             saved_at = save(*[out / "best.pt"] * improved)
+        written.result()
     say(
         f"finished: top-1 {top1:.2f} %, best {best:.2f} %; {out}/ holds the weights, the metrics and a "
         "picture of the aligned labels"

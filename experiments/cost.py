@@ -4,10 +4,11 @@
     python experiments/cost.py --full             # all models, 224 and 384 px: for a GPU
     python experiments/cost.py --models deit_base --sizes 384 --forms fused --bf16
 
-Three targets in each form of attention are timed in turn, round after round: the area, aligned labels as
-this project moves them, one share a token, and dense labels, (B, N, 1000), as the authors' code does.
+Four targets in each form of attention are timed in turn, round after round: the area, aligned labels as
+this project moves them, one share a token, the same with residuals weighed by norm (`--residual norm`),
+and dense labels, (B, N, 1000), as the authors' code does.
 Each round gives ratios; their median is printed. "area" is the step with the area target beside that of
-the first form, "aligned" and "dense" are beside the area of their own form. Forms:
+the first form, "aligned", "norm" and "dense" are beside the area of their own form. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
@@ -106,7 +107,13 @@ def peak_memory(step, trainer):
     return held + 3 * sum(4 * p.numel() for p in trainer.raw.parameters())
 
 
-WAYS = {"area": script.loss_of, "tl_align": script.loss_of, "dense": dense_loss}
+# How the target is found: the loss, and what weighs the labels' residual.
+WAYS = {
+    "area": (script.loss_of, "half"),
+    "tl_align": (script.loss_of, "half"),
+    "norm": (script.loss_of, "norm"),
+    "dense": (dense_loss, "half"),
+}
 
 
 def trainer_of(s, form):
@@ -130,8 +137,12 @@ def measure(name, size, forms, args):
     trainers = {form: trainer_of(s, form) for form in forms}
 
     def step(form, way):
-        trainer = trainers[form]
-        trainer.loss, trainer.s = WAYS[way], dataclasses.replace(trainer.s, targets=way)
+        trainer, (loss, residual) = trainers[form], WAYS[way]
+        targets = "area" if way == "area" else "tl_align"
+        trainer.loss, trainer.s = loss, dataclasses.replace(trainer.s, targets=targets)
+        for block in trainer.raw.modules():
+            if hasattr(block, "residual"):
+                block.residual = residual
         trainer.step(images, labels, 0, 1000)
 
     def seconds(form, way):
@@ -154,18 +165,18 @@ def measure(name, size, forms, args):
         memory = {way: peak_memory(lambda: step(form, way), trainers[form]) for way in WAYS}
         rate = s.batch_size / statistics.median(times[form, "area"])
         cells = [name, size, form, f"{rate:.1f}", f"{ratio(form, 'area', forms[0]):.3f}"]
-        cells += [f"{ratio(form, way, form):.3f}" for way in ("tl_align", "dense")]
+        cells += [f"{ratio(form, way, form):.3f}" for way in [*WAYS][1:]]
         cells += [f"{memory['area'] / 2**30:.2f}"]
-        cells += [f"{memory[way] / memory['area']:.3f}" for way in ("tl_align", "dense")]
+        cells += [f"{memory[way] / memory['area']:.3f}" for way in [*WAYS][1:]]
         for k in (1, CLASSES):
             cells.append("" if form == "channels" else f"{100 * theory(s, k, form == 'fused'):.2f} %")
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 HEAD = """\
-| model | px | attention | area: images/s | time: area | aligned | dense | area: peak GiB | memory: aligned \
-| dense | arithmetic: aligned | dense |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| model | px | attention | area: images/s | time: area | aligned | norm | dense | area: peak GiB \
+| memory: aligned | norm | dense | arithmetic: aligned | dense |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main():

@@ -48,7 +48,7 @@ def blur(x, weight):
 
 
 def defocus(x, t, g):
-    radius = t * x.shape[-1] / 14
+    radius = 0.5 + t * x.shape[-1] / 16
     return blur(x, lambda dy, dx: radius + 0.5 - (dy**2 + dx**2).sqrt())
 
 
@@ -174,23 +174,28 @@ def batches(part, s):
         yield images / 255, targets
 
 
-def top1_of_folder(model, folder, classes, s):
-    """Mean top-1 of all sets in or below a folder, a set being a folder of folders named by classes."""
-    number, found = {name: i for i, name in enumerate(classes)}, []
-    for at in sorted({path.parent for path in Path(folder).rglob("*/") if path.name in number}):
-        part, hits = ImageFolder(at, loader=data.decode, allow_empty=True), 0
-        wanted = torch.tensor([number[name] for name in part.classes if name in number])
-        kept = [i for i, (_, target) in enumerate(part.samples) if part.classes[target] in number]
-        place = torch.tensor([[*wanted].index(number[n]) if n in number else -1 for n in part.classes])
-        for images, targets in batches(Subset(part, kept), s):
-            top = answer(model, images)[:, wanted].argmax(1)
-            hits += (top.cpu() == place[targets.cpu()]).sum().item()
-        found.append(100 * hits / len(kept))
+def sets_below(folder, classes):
+    """The folder itself, or those below it, that hold folders named by classes. Raises InputError."""
+    found = sorted({path.parent for path in Path(folder).rglob("*/") if path.name in classes})
     if not found:
-        raise script.InputError(
-            f"{folder} holds no folders named by the model's classes, like {classes[0]!r}"
-        )
-    return sum(found) / len(found)
+        raise script.InputError(f"{folder} has no folders named by the classes, such as {classes[0]!r}")
+    return found
+
+
+def top1_of_folder(model, folder, classes, s):
+    """Mean top-1 of the sets in a folder; of each, the answer is the best among the classes it has."""
+    total, found = 0, sets_below(folder, classes)
+    for part in (ImageFolder(at, loader=data.decode, allow_empty=True) for at in found):
+        wanted = [name for name in part.classes if name in classes]
+        number = torch.tensor([classes.index(name) for name in wanted], device=s.device)
+        kept = [i for i, (_, target) in enumerate(part.samples) if part.classes[target] in wanted]
+        hits = 0
+        for images, targets in batches(Subset(part, kept), s):
+            named = [wanted.index(part.classes[target]) for target in targets.tolist()]
+            top = answer(model, images)[:, number].argmax(1)
+            hits += (top.cpu() == torch.tensor(named)).sum().item()
+        total += 100 * hits / len(kept)
+    return total / len(found)
 
 
 def record(s):
@@ -245,6 +250,8 @@ def main():
     parser.add_argument("--folders", nargs="+", default=[], help="further images, in folders named by class")
     args = runs.parsed(parser)
     sets = runs.open_part(args)
+    for folder in args.folders:
+        sets_below(folder, sets.classes)
     if args.checkpoints:
         side, models = data.native_size(sets.train), {"checkpoints": {}}
         for path in args.checkpoints:
@@ -253,8 +260,8 @@ def main():
     else:
         models = {
             model: {
-                trained: [runs.settings(args, sets, model, trained, seed) for seed in range(args.seeds)]
-                for trained in TRAINED
+                way: [runs.settings(args, sets, model, way, seed) for seed in range(args.seeds)]
+                for way in TRAINED
             }
             for model in args.models
         }
@@ -289,4 +296,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    runs.run(main)

@@ -170,9 +170,20 @@ def side_by_side(function, todo, args, of, result):
                     f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left",
                     flush=True,
                 )
-        except (KeyboardInterrupt, script.Ended, script.InputError) as e:
+        except BaseException:
             pool.shutdown(cancel_futures=True)
-            sys.exit(f"{e or 'stopped'}; the same command goes on from what is done")
+            raise
+
+
+def run(main):
+    """Run an experiment, and say in one line why it ended if it did not get to its end."""
+    try:
+        main()
+    except (KeyboardInterrupt, script.Ended) as e:
+        sys.exit(f"{e.args[0] if e.args else 'stopped'}; the same command goes on from what is done")
+    except script.InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def model_of(s, sets):

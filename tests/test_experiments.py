@@ -1,31 +1,211 @@
 """Each experiment runs from its command, at its smallest size, and writes what it says."""
 
+import argparse
+import json
+import shutil
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
+import compare
+import mixing_ratio
 import pytest
+import robustness
+import torch
+import transfer
 
-EXPERIMENTS = Path(__file__).parent.parent / "experiments"
+import data
+import runs
+import tl_align
+
+EXPERIMENTS = Path(runs.__file__).parent
 
 
-def run(tmp_path, name, *args):
-    command = [sys.executable, EXPERIMENTS / name, *map(str, args)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+def command(tmp_path, name, *args):
+    line = [sys.executable, EXPERIMENTS / name, *map(str, args)]
+    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+class Here:
+    """In the place of a pool of processes, whose start takes seconds: the same calls, in this one."""
+
+    def __init__(self, *args):
+        pass
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *error: None
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run an experiment's main in this process and a folder of its own, on few built-in images: gives its
+    output, and the Markdown that it wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
+    monkeypatch.setattr(data, "SHAPES_VAL", 60)
+
+    def run(experiment, *args):
+        name = experiment.__name__
+        small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *args])])
+        experiment.main()
+        folder = tmp_path / "runs" / "experiments"
+        assert (folder / f"{name}.svg").read_text().endswith("</svg>\n")
+        return capsys.readouterr().out, (folder / f"{name}.md").read_text()
+
+    return run
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["a folder", "its own images"])
 def test_loader(tmp_path, folder, given):
     args = (folder / "train",) if given else ()
-    out = run(tmp_path, "loader.py", *args, "--images", 8, "--rounds", 1, "--size", 64)
+    out = command(tmp_path, "loader.py", *args, "--images", 8, "--rounds", 1, "--size", 64)
     assert "| decode once, crop three times |" in out
     assert (tmp_path / "runs" / "loader" / "augmented.png").stat().st_size > 10_000
 
 
 def test_cost(tmp_path):
     args = ["--forms", "explicit", "fused", "--rounds", 1, "--batch-size", 2, "--device", "cpu"]
-    out = run(tmp_path, "cost.py", "--models", "deit_tiny", "--sizes", 64, *args)
+    out = command(tmp_path, "cost.py", "--models", "deit_tiny", "--sizes", 64, *args)
     table = (tmp_path / "runs" / "cost" / "cost.md").read_text()
     assert table.strip() in out and len(table.splitlines()) == 4
+
+
+def test_compare_trains_in_processes_and_goes_on_from_what_is_done(tmp_path, folder):
+    args = ["--data", folder, "--models", "vit_micro", "--epochs", 1, "--batch-size", 8, "--seeds", 2]
+    out = command(tmp_path, "compare.py", *args, "--methods", "TL-Align", "--jobs", 2)
+    assert "4 of train, 4 to do" in out and "| vit_micro | TL-Align |" in out
+    shutil.rmtree(next((tmp_path / "runs").rglob("*area-1")))  # as if it had been stopped before
+    out = command(tmp_path, "compare.py", *args, "--methods", "TL-Align", "--jobs", 2)
+    assert "4 of train, 1 to do" in out
+
+
+def test_compare_covers_every_method(here):
+    out, text = here(compare, "--seeds", 1)
+    assert text.strip() in out
+    assert sum(line.startswith("| vit_micro") for line in text.splitlines()) == len(runs.METHODS)
+    assert sum(line.startswith("| swin_micro") for line in text.splitlines()) == len(runs.METHODS) - 1
+
+
+def test_mixing_ratio_and_robustness_share_the_runs_of_area_and_tl_align(here):
+    out, text = here(mixing_ratio)
+    assert "4 of train, 4 to do" in out
+    first, layers = text.split("After each layer")
+    assert first.count("| vit_micro |") == 8 and first.count("| swin_micro |") == 6
+    assert layers.count("| TL-Align, norm |") == 4 * 4  # four models of four layers
+    out, text = here(robustness, "--models", "vit_micro")
+    assert "2 of train, 0 to do" in out and "2 of measure, 2 to do" in out
+    assert all(f"| {name} |" in text for name in ["clean", "PGD 4/255", *robustness.CORRUPTIONS])
+    out, again = here(robustness, "--models", "vit_micro")
+    assert "2 of measure, 0 to do" in out and again == text
+
+
+def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, folder, tmp_path):
+    args = ["--data", folder, "--models", "vit_micro"]
+    here(compare, *args, "--methods", "TL-Align", "--seeds", 1)
+    checkpoints = sorted((tmp_path / "runs").rglob("best.pt"))
+    for severity in "12":
+        shutil.copytree(folder / "val" / "dark", tmp_path / "other" / "fog" / severity / "dark")
+    _, text = here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "other")
+    assert "| other | 100.00 | 100.00 | +0.00 |" in text  # one class alone can't be mistaken
+    (tmp_path / "none").mkdir()
+    with pytest.raises(data.InputError, match="none has no folders named by the classes, such as 'dark'"):
+        here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "none")
+
+
+def test_transfer_trains_on_one_half_of_the_classes_and_then_on_the_other(here, tmp_path):
+    _, text = here(transfer, "--models", "vit_micro", "--few", 20, "--tune-epochs", 1)
+    assert "| vit_micro | from scratch |" in text and "of classes checks to rings" in text
+    config = json.loads(next(tmp_path.rglob("shapes-second-half-area*/*/config.json")).read_text())
+    assert "shapes-first-half" in config["init"] and "-area-0/last.pt" in config["init"]
+
+
+def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
+    args = argparse.Namespace(data="shapes", root="data", images=30, val_images=0)
+    sets = runs.open_part(args, range(5, 10))
+    assert sets.classes == data.SHAPES[5:] and len(sets.train) == 30
+    assert {sets.train[i][1] for i in range(30)} <= set(range(5))
+
+
+# ---------------------------------------------------------------------------------------------------
+# What they measure.
+
+
+class Linear(torch.nn.Module):
+    """A head on the mean of all pixels: what each contributes is known."""
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_the_influence_of_a_source_on_a_linear_model_is_what_it_adds():
+    images = torch.zeros(2, 3, 8, 8)
+    images[0], images[1] = 1.0, 3.0
+    mask = torch.zeros(2, 1, 8, 8)
+    mask[:, :, :, 6:] = 1  # a quarter is the partner's
+    shares = mixing_ratio.influence(Linear(), tl_align.mix(images, mask), mask, torch.zeros(1, 3, 8, 8))
+    torch.testing.assert_close(shares, torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
+
+
+def test_visible_objects_are_counted_where_the_mix_shows_them():
+    masks, mask = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    masks[0, :, :, :2] = 1  # eight pixels, of which the box hides four
+    masks[1] = 1  # everywhere: eight in the box
+    mask[:, :, :2] = 1
+    torch.testing.assert_close(mixing_ratio.objects(masks, mask), torch.tensor([8 / 12, 4 / 12]))
+    assert mixing_ratio.objects(0 * masks, mask).isnan().all()
+
+
+def test_scores_are_the_error_and_spearmans_correlation():
+    true = torch.rand(1, 40, generator=torch.Generator().manual_seed(0))
+    (error, low, high), (rank, *_) = mixing_ratio.scores(true**3 + 0, true)
+    assert rank == pytest.approx(1) and error == pytest.approx((true - true**3).mean().item(), rel=1e-5)
+    assert low < error < high
+    assert [*mixing_ratio.scores(1 - true, true)][1][0] == pytest.approx(-1)
+    assert mixing_ratio.ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.0, 0.5, 2.0]
+
+
+def test_an_interval_is_students():
+    mean, half = runs.interval([1.0, 2.0, 3.0])
+    assert mean == 2 and half == pytest.approx(2.4843, abs=1e-3)
+    assert runs.signed([1.5]) == "+1.50" and runs.signed([1.0, 2.0, 3.0]) == "+2.00 ± 2.48"
+
+
+def test_attacks_stay_within_their_radius_and_raise_the_loss():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 5)).requires_grad_(False)
+    images, targets = torch.rand(8, 3, 8, 8), torch.randint(5, (8,))
+    loss = torch.nn.functional.cross_entropy(robustness.answer(model, images), targets)
+    for steps in (1, robustness.STEPS):
+        at = robustness.attack(model, images, targets, 4, steps)
+        assert (at - images).abs().max() <= 4 / 255 + 1e-6 and 0 <= at.min() and at.max() <= 1
+        assert torch.nn.functional.cross_entropy(robustness.answer(model, at), targets) > loss
+
+
+def test_corruptions_keep_the_shape_and_grow_with_severity():
+    images = data.shapes(4, 0)[0].float() / 255
+    for name, corrupt in robustness.CORRUPTIONS.items():
+        out = [corrupt(images, t, data.generator(name)).clamp(0, 1) for t in (0.2, 1.0)]
+        change = [(x - images).abs().mean().item() for x in out]
+        assert out[0].shape == images.shape and 0 < change[0] < change[1], name
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    logits = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.8, 0.2], [0.8, 0.2]]).log()
+    error = robustness.calibration_error(logits, torch.tensor([0, 0, 1, 1]))
+    assert error == pytest.approx(30)  # sure by 80 %, right in half
+
+
+def test_blanking_takes_the_share_of_patches_that_is_named():
+    gone = (robustness.blank(torch.ones(2, 3, 32, 32), 0.25, 4) != 1).all(1)
+    assert gone.float().mean((1, 2)).tolist() == [0.25, 0.25]

@@ -21,9 +21,12 @@ For each: mean absolute error, and Spearman's rank correlation over the mixes, a
 from the share of its own pixels.
 """
 
+import itertools
+import math
+
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 
 import runs
 import tl_align  # on the path that `runs` has set
@@ -41,12 +44,27 @@ def mixes(part, s, n):
     return images, tl_align.cutmix_mask(rand, images.shape[-2:], s.patch_size)
 
 
-def influence(model, mixed, mask, mean):
-    """The first truth: (B,). mixed, mask: of a batch. mean: the mean patch all over, (1, 3, S, S)."""
-    both, none = model(mixed), model(mean)
-    own, other = model(torch.lerp(mixed, mean, mask)), model(torch.lerp(mean.expand_as(mixed), mixed, mask))
-    first, second = own - none + both - other, other - none + both - own  # twice the Shapley values
-    return second.norm(dim=1) / (first.norm(dim=1) + second.norm(dim=1))
+def influence(model, mixed, owners, mean):
+    """The first truth, for K sources: (B, K), rows summing to one. mixed: (B, 3, S, S). owners: (B, K, S, S),
+    one where a pixel is the source's, else zero. mean: the mean patch all over, (1, 3, S, S)."""
+    sources = range(owners.shape[1])
+    subsets = [s for size in range(len(sources) + 1) for s in itertools.combinations(sources, size)]
+    value = {s: model(torch.lerp(mean, mixed, owners[:, list(s)].sum(1, keepdim=True))) for s in subsets}
+    worth = []
+    for k in sources:
+        gains = [
+            (value[tuple(sorted((*s, k)))] - value[s]) / math.comb(len(sources) - 1, len(s))
+            for s in subsets
+            if k not in s
+        ]
+        worth.append(sum(gains).norm(dim=1))
+    return F.normalize(torch.stack(worth, dim=1), p=1)
+
+
+def mean_patch(images, s):
+    """The mean patch of images, all over one: (1, 3, S, S)."""
+    mean = rearrange(images, "b c (h p) (w q) -> c p q (b h w)", p=s.patch_size, q=s.patch_size).mean(-1)
+    return mean.repeat(1, 1, s.img_size // s.patch_size, s.img_size // s.patch_size)
 
 
 def objects(masks, mask):
@@ -59,10 +77,7 @@ def look(model, images, mask, s):
     """What each method says of each mix, {(method, layer): (n,)}, the influence, (n,), and how far labels
     have moved, {(method, layer): mean}."""
     said, true, moved = {}, [], {}
-    mean = rearrange(images, "b c (h p) (w q) -> c p q (b h w)", p=s.patch_size, q=s.patch_size).mean(-1)
-    mean = repeat(
-        mean, "c p q -> 1 c (h p) (w q)", h=s.img_size // s.patch_size, w=s.img_size // s.patch_size
-    )
+    mean = mean_patch(images, s)
     for x, m in zip(tl_align.mix(images, mask).split(200), mask.split(200)):
         x, m, mean = (t.to(s.device) for t in (x, m, mean))
         labels = tl_align.token_labels(m, s.patch_size)
@@ -78,7 +93,7 @@ def look(model, images, mask, s):
                 moved.setdefault((method, layer), []).append((tokens[..., 0] - pixels).abs().mean().item())
         for key, share in found.items():
             said.setdefault(key, []).append(share.cpu())
-        true.append(influence(model, x, m, mean).cpu())
+        true.append(influence(model, x, torch.cat([1 - m, m], dim=1), mean)[:, 1].cpu())
     moved = {key: sum(values) / len(values) for key, values in moved.items()}
     return {key: torch.cat(shares) for key, shares in said.items()}, torch.cat(true), moved
 
@@ -88,12 +103,13 @@ def ranks(x):
     return (x[..., :, None] > x[..., None, :]).sum(-1) + (x[..., :, None] == x[..., None, :]).sum(-1) / 2
 
 
-def scores(said, true, resamples=1000):
-    """Error and rank correlation, each as (value, low, high), of shares (seeds, n) against the truth."""
+def scores(said, true, group=2, resamples=1000):
+    """Error and rank correlation, each as (value, low, high), of shares (seeds, n) against the truth.
+    group: how many neighbours are mixes of the same images, and are drawn together."""
     n = true.shape[1]
-    drawn = torch.randint(n // 2, (resamples, n // 2), generator=data.generator("bootstrap"))
-    times = torch.zeros(resamples, n // 2).scatter_add(1, drawn, torch.ones(drawn.shape))
-    weight = torch.cat([torch.ones(1, n), times.repeat_interleave(2, dim=1)])  # first as it is, then drawn
+    drawn = torch.randint(n // group, (resamples, n // group), generator=data.generator("bootstrap"))
+    times = torch.zeros(resamples, n // group).scatter_add(1, drawn, torch.ones(drawn.shape))
+    weight = torch.cat([torch.ones(1, n), times.repeat_interleave(group, dim=1)])  # as it is, then drawn
     seen = ~true.isnan()[0]
     weight = (weight[:, seen] / weight[:, seen].sum(1, keepdim=True)).double()
 

@@ -8,16 +8,16 @@ import sys
 from concurrent.futures import Future
 from pathlib import Path
 
-import compare
-import mixing_ratio
 import pytest
-import robustness
 import torch
-import transfer
 
+import compare
 import data
+import mixing_ratio
+import robustness
 import runs
 import tl_align
+import transfer
 
 EXPERIMENTS = Path(runs.__file__).parent
 
@@ -153,8 +153,24 @@ def test_the_influence_of_a_source_on_a_linear_model_is_what_it_adds():
     images[0], images[1] = 1.0, 3.0
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :, 6:] = 1  # a quarter is the partner's
-    shares = mixing_ratio.influence(Linear(), tl_align.mix(images, mask), mask, torch.zeros(1, 3, 8, 8))
-    torch.testing.assert_close(shares, torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
+    owners, mean = torch.cat([1 - mask, mask], dim=1), torch.zeros(1, 3, 8, 8)
+    shares = mixing_ratio.influence(Linear(), tl_align.mix(images, mask), owners, mean)
+    torch.testing.assert_close(shares[:, 1], torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
+
+
+def test_the_influence_is_shapleys_value_for_three_sources():
+    owners = torch.zeros(1, 3, 6, 6)
+    for k in range(3):
+        owners[:, k, :, 2 * k : 2 * k + 2] = 1
+    levels = (owners * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+
+    def product(images):  # a game in which the first two are worth something together alone
+        a, b, c = (images[:, :1, :, i].mean((2, 3)) * 3 for i in (slice(0, 2), slice(2, 4), slice(4, 6)))
+        return a * b + c
+
+    shares = mixing_ratio.influence(product, levels.expand(-1, 3, -1, -1), owners, torch.zeros(1, 3, 6, 6))
+    a, b, c = 3.0, 6.0, 9.0
+    torch.testing.assert_close(shares, torch.tensor([[a * b / 2, a * b / 2, c]]) / (a * b + c))
 
 
 def test_visible_objects_are_counted_where_the_mix_shows_them():

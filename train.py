@@ -131,10 +131,7 @@ def parse(argv):
     if unknown:
         raise InputError(f"no setting is called {unknown[0]}{did_you_mean(unknown[0], fields)}; see --help")
     for flag, f in fields.items():
-        value, choices, low, below = (
-            given.get(f.name),
-            *(f.metadata[k] for k in ("choices", "low", "below")),
-        )
+        value, (_, choices, low, below) = given.get(f.name), f.metadata.values()
         if value is not None and choices and value not in choices:
             hint = did_you_mean(value, choices)
             raise InputError(f"{flag} knows no {value!r}{hint}; it is one of {', '.join(choices)}")
@@ -644,7 +641,7 @@ def train(s, sets, out):
 
     saved_at = time.monotonic()
     with stop_signals() as asked, ThreadPoolExecutor(1) as writer:
-        written = writer.submit(int)
+        written = writer.submit(int)  # nothing yet
         for epoch in range(len(history), s.epochs):
             raw.train()
             meter = meter or Meter(s.batch_size)

@@ -211,7 +211,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(train, folder, tmp_path, m
 
     def filling(trainer, images, targets, at, *more):
         if at == 4:
-            (tmp_path / "run" / "last.pt.tmp").symlink_to("/dev/full")
+            while (beside := tmp_path / "run" / "last.pt.tmp").exists():  # the writer is still at it
+                time.sleep(0.01)
+            beside.symlink_to("/dev/full")
         return step(trainer, images, targets, at, *more)
 
     with monkeypatch.context() as m:

@@ -17,8 +17,10 @@ of the mix is the pasted image's, TL-Align after every layer, as the head would 
                 share of those of both objects. Mixes that show neither are left out.
 
 For each: mean absolute error, and Spearman's rank correlation over the mixes, as the mean over seeds, with
-95 % intervals by bootstrap over pairs of images. Fluctuation is how far a token's label is, on average,
-from the share of its own pixels.
+95 % intervals by bootstrap over pairs of images. Beyond the area: the correlation of what a method adds to
+the area's share with what the influence adds, and the factor on the former that fits the latter best: below
+one, a method leaves the area in the right direction but too far. Fluctuation is how far a token's label
+is, on average, from the share of its own pixels.
 """
 
 import itertools
@@ -33,6 +35,7 @@ import tl_align  # on the path that `runs` has set
 from runs import data
 
 TRAINED = ("area", "TL-Align")
+SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
 RULES = {"TL-Align": "half", "TL-Align, norm": "norm"}
 
 
@@ -124,6 +127,13 @@ def scores(said, true, group=2, resamples=1000):
         yield values[0].item(), *values[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
+def beyond(said, true, area):
+    """Correlation of said - area with true - area, and the factor that fits, of shares (seeds, n)."""
+    a, b = said - area, true - area
+    r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b)])
+    return r.mean().item(), ((a * b).mean(1) / (a * a).mean(1)).mean().item()
+
+
 def main():
     parser = runs.arguments(__doc__, epochs=10)
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
@@ -146,14 +156,16 @@ def main():
             masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
             truths["objects"] = objects(masks, mask).expand(args.seeds, -1)
         depth = max(layer for _, layer in looks[0][2])
-        found = {}
+        area, found = torch.stack([said["area", ""] for said, _, _ in looks]), {}
         for key in looks[0][0]:
             said = torch.stack([said[key] for said, _, _ in looks])
             found[key] = {name: [*scores(said, true)] for name, true in truths.items()}
             moved = [m[key] for _, _, m in looks if key in m]
             both = [score for truth in found[key].values() for score in truth]
             cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in both]
-            row = [model, trained, *key, *cells, f"{sum(moved) / len(moved):.3f}" if moved else ""]
+            more = [*beyond(said, truths["influence"], area)]
+            more.append(sum(moved) / len(moved) if moved else math.nan)
+            row = [model, trained, *key, *cells, *("" if math.isnan(v) else f"{v:.2f}" for v in more)]
             layers.append(row)
             last += [row[:3] + row[4:]] * (key[1] in ("", depth))
         print(f"{model} trained with {trained}: looked at {n} mixes", flush=True)
@@ -168,10 +180,10 @@ def main():
             panels.append((title, [str(at) for at in range(1, depth + 1)], series))
     head = ["model", "trained with", "method", "layer"]
     head += [f"{truth}: {what}" for truth in truths for what in ("error", "rank correlation")]
-    head.append("fluctuation")
+    head += ["beyond the area: r", "factor", "fluctuation"]
     text = runs.table(head[:3] + head[4:], last)
-    text += f"\n{n} mixes of validation images of {args.data}.{runs.made_of(args, sets)}\n"
-    label = "mean absolute error of the share, by layer"
+    text += f"\n{n} mixes of validation images of {args.data}.{runs.made_of(args, sets, SPREAD)}\n"
+    label = "error of the share, after each layer; less is better"
     more = "\nAfter each layer:\n\n" + runs.table(head, layers)
     chart = runs.chart(panels, label, columns=len(truths) * len(TRAINED))
     runs.write(args, "mixing_ratio", text, chart, more)

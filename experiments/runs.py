@@ -215,11 +215,11 @@ def signed(values):
     return f"{mean:+.2f}" + (f" ± {half:.2f}" if half == half else "")
 
 
-def made_of(args, sets):
-    """A sentence on what was trained."""
+def made_of(args, sets, spread="± is half the 95 % interval over seeds"):
+    """A sentence on what was trained, and how the table shows what chance does."""
     return (
         f" Models of {args.epochs} epochs of {len(sets.train)} training images, seeds 0 to {args.seeds - 1}; "
-        "± is half the 95 % interval over seeds."
+        f"{spread}."
     )
 
 

@@ -106,8 +106,10 @@ def main():
                 points.append(both[0])
             panels.append((f"{model} trained with {way}: {name}", [*looks[0][0]], {"error": points}))
     text = runs.table(["model", "trained with", "variant", "method", "error", "rank correlation"], rows)
-    text += f"\n{n} mixes of validation images of {args.data}.{runs.made_of(args, sets)}\n"
-    chart = runs.chart(panels, "mean absolute error of the share", columns=4, joined=False)
+    text += (
+        f"\n{n} mixes of validation images of {args.data}.{runs.made_of(args, sets, mixing_ratio.SPREAD)}\n"
+    )
+    chart = runs.chart(panels, "error of the share; less is better", columns=4, joined=False)
     runs.write(args, "variants", text, chart)
 
 

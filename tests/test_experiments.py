@@ -18,6 +18,7 @@ import robustness
 import runs
 import tl_align
 import transfer
+import variants
 
 EXPERIMENTS = Path(runs.__file__).parent
 
@@ -74,19 +75,20 @@ def test_loader(tmp_path, folder, given):
 
 
 def test_cost(tmp_path):
-    args = ["--forms", "explicit", "fused", "--rounds", 1, "--batch-size", 2, "--device", "cpu"]
+    args = ["--forms", "channels", "--rounds", 1, "--batch-size", 2, "--device", "cpu"]
     out = command(tmp_path, "cost.py", "--models", "deit_tiny", "--sizes", 64, *args)
     table = (tmp_path / "runs" / "cost" / "cost.md").read_text()
-    assert table.strip() in out and len(table.splitlines()) == 4
+    assert table.strip() in out and len(table.splitlines()) == 3
 
 
-def test_compare_trains_in_processes_and_goes_on_from_what_is_done(tmp_path, folder):
-    args = ["--data", folder, "--models", "vit_micro", "--epochs", 1, "--batch-size", 8, "--seeds", 2]
-    out = command(tmp_path, "compare.py", *args, "--methods", "TL-Align", "--jobs", 2)
-    assert "4 of train, 4 to do" in out and "| vit_micro | TL-Align |" in out
-    shutil.rmtree(next((tmp_path / "runs").rglob("*area-1")))  # as if it had been stopped before
-    out = command(tmp_path, "compare.py", *args, "--methods", "TL-Align", "--jobs", 2)
-    assert "4 of train, 1 to do" in out
+def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_path, folder):
+    args = ["--data", folder, "--models", "vit_micro", "--methods", "TL-Align", "--seeds", 1]
+    small = ["--epochs", 1, "--images", 40, "--batch-size", 8, "--jobs", 2]
+    out = command(tmp_path, "compare.py", *args, *small)
+    assert "2 of train, 2 to do" in out and "| vit_micro | TL-Align |" in out
+    shutil.rmtree(next((tmp_path / "runs").rglob("*area-0")))  # as if it had been stopped before
+    out, _ = here(compare, *args)
+    assert "2 of train, 1 to do" in out
 
 
 def test_compare_covers_every_method(here):
@@ -127,6 +129,12 @@ def test_transfer_trains_on_one_half_of_the_classes_and_then_on_the_other(here, 
     assert "| vit_micro | from scratch |" in text and "of classes checks to rings" in text
     config = json.loads(next(tmp_path.rglob("shapes-second-half-area*/*/config.json")).read_text())
     assert "shapes-first-half" in config["init"] and "-area-0/last.pt" in config["init"]
+
+
+def test_variants_are_held_against_the_same_truth(here):
+    _, text = here(variants, "--models", "vit_micro", "--mixes", 12)
+    assert "12 mixes" in text
+    assert text.count("| three images |") == 2 * 4 and text.count("| drop path |") == 2 * 5
 
 
 def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
@@ -189,6 +197,11 @@ def test_scores_are_the_error_and_spearmans_correlation():
     assert low < error < high
     assert [*mixing_ratio.scores(1 - true, true)][1][0] == pytest.approx(-1)
     assert mixing_ratio.ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.0, 0.5, 2.0]
+
+
+def test_what_goes_twice_as_far_beyond_the_area_is_fitted_by_a_half():
+    area, true = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(0))
+    assert mixing_ratio.beyond(area + 2 * (true - area), true, area) == pytest.approx((1, 0.5))
 
 
 def test_an_interval_is_students():

@@ -18,7 +18,7 @@ import runs
 
 
 def main():
-    parser = runs.arguments(__doc__, epochs=10, seeds=3)
+    parser = runs.arguments(__doc__)
     parser.add_argument("--methods", nargs="+", default=[*runs.METHODS], choices=runs.METHODS, help="which")
     args = runs.parsed(parser)
     sets = runs.open_part(args)

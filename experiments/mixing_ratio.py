@@ -135,7 +135,7 @@ def beyond(said, true, area):
 
 
 def main():
-    parser = runs.arguments(__doc__, epochs=10)
+    parser = runs.arguments(__doc__)
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
     args = runs.parsed(parser)
     sets = runs.open_part(args)

@@ -15,6 +15,7 @@ by class, as in ImageNet-A and -R, or somewhere below, as in ImageNet-C. Where a
 the classes, the answer is the best one among them.
 """
 
+import dataclasses
 import itertools
 import json
 import math
@@ -243,12 +244,13 @@ def measured(s, sets, folders):
 
 
 def main():
-    parser = runs.arguments(__doc__, epochs=10, val_images=1000)
+    parser = runs.arguments(__doc__)
     parser.add_argument(
         "--checkpoints", nargs="+", default=[], help="models to compare instead; a baseline first"
     )
     parser.add_argument("--folders", nargs="+", default=[], help="further images, in folders named by class")
-    args = runs.parsed(parser)
+    parser.add_argument("--few", type=int, default=500, help="validation images to try; 0 for all [500]")
+    args = runs.parsed(parser, few=0)
     sets = runs.open_part(args)
     for folder in args.folders:
         sets_below(folder, sets.classes)
@@ -268,6 +270,8 @@ def main():
     everything = [s for ways in models.values() for seeds in ways.values() for s in seeds]
     if not args.checkpoints:
         runs.train_all([(s, sets) for s in everything], args)
+    few = runs.Part(sets.val, range(min(args.few or len(sets.val), len(sets.val))), 0)
+    sets = dataclasses.replace(sets, val=few)
     todo = [(s, sets, args.folders) for s in everything if not measured(s, sets, args.folders)]
     result = lambda s: f"mean of corruptions {measured(s, sets, args.folders)['mean of corruptions']:.2f} %"
     runs.side_by_side(measure, todo, args, len(everything), result)

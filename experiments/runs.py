@@ -54,10 +54,10 @@ def arguments(doc, **defaults):
         "root": ("data", "folder that torchvision's sets are downloaded to"),
         "models": (["vit_micro", "swin_micro"], "which models"),
         "images": (2000, "training images, chosen by chance; 0 for all"),
-        "val_images": (2000, "validation images, likewise"),
-        "epochs": (16, "passes over the training images"),
+        "val_images": (1000, "validation images, likewise"),
+        "epochs": (10, "passes over the training images"),
         "batch_size": (64, "images a step"),
-        "seeds": (1, "runs of each kind, with seeds from 0"),
+        "seeds": (3, "runs of each kind, with seeds from 0"),
         "jobs": (None, "runs side by side [one a core; 5 on a GPU]"),
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "where to train"),
         "runs": ("runs/experiments", "folder of the runs and the results"),
@@ -76,12 +76,12 @@ def arguments(doc, **defaults):
     return parser
 
 
-def parsed(parser):
-    """The arguments; --full stands in for those that were not given."""
+def parsed(parser, **full):
+    """The arguments; --full stands in for those that were not given. full: the experiment's own."""
     args = parser.parse_args()
     if args.full:
         parser.set_defaults(data="cifar10", models=["deit_tiny", "swin_5m"], images=0, val_images=0)
-        parser.set_defaults(epochs=100, batch_size=128, seeds=5)
+        parser.set_defaults(epochs=100, batch_size=128, seeds=5, **full)
         args = parser.parse_args()
     args.jobs = args.jobs or (5 if args.device.startswith("cuda") else script.cpus())
     return args
@@ -121,7 +121,7 @@ class Part(Dataset):
 def settings(args, sets, model, method, seed, name="", **more):
     """The complete settings of one run. name: what is special about its sets."""
     side, epochs = data.native_size(sets.train), more.get("epochs", args.epochs)
-    folder = f"{Path(args.data).name}{name}-{len(sets.train)}x{epochs}"
+    folder = f"{Path(args.data).name}{name}-{len(sets.train)}x{epochs}-val{len(sets.val)}"
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     more = {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **more}
     s = script.Settings(data=args.data, model=model, seed=seed, device=args.device, bf16=True, **more)

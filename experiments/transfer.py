@@ -16,7 +16,7 @@ TRAINED = ("area", "TL-Align")
 
 
 def main():
-    parser = runs.arguments(__doc__, epochs=10, images=4000)
+    parser = runs.arguments(__doc__, images=4000)
     parser.add_argument("--few", type=int, default=500, help="images of the other half to train on [500]")
     parser.add_argument("--tune-epochs", type=int, default=20, help="passes over those [20]")
     args = runs.parsed(parser)

@@ -80,7 +80,7 @@ def drop_path(model, images, s):
 
 
 def main():
-    parser = runs.arguments(__doc__, epochs=10)
+    parser = runs.arguments(__doc__)
     parser.add_argument("--mixes", type=int, default=600, help="mixed images to look at [600]")
     args = runs.parsed(parser)
     sets = runs.open_part(args)

@@ -56,7 +56,8 @@ def here(tmp_path, monkeypatch, capsys):
 
     def run(experiment, *args):
         name = experiment.__name__
-        small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--device", "cpu"]
+        small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--seeds", 1]
+        small += ["--device", "cpu"]
         monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *args])])
         experiment.main()
         folder = tmp_path / "runs" / "experiments"
@@ -92,7 +93,7 @@ def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_pat
 
 
 def test_compare_covers_every_method(here):
-    out, text = here(compare, "--seeds", 1)
+    out, text = here(compare)
     assert text.strip() in out
     assert sum(line.startswith("| vit_micro") for line in text.splitlines()) == len(runs.METHODS)
     assert sum(line.startswith("| swin_micro") for line in text.splitlines()) == len(runs.METHODS) - 1
@@ -113,7 +114,7 @@ def test_mixing_ratio_and_robustness_share_the_runs_of_area_and_tl_align(here):
 
 def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, folder, tmp_path):
     args = ["--data", folder, "--models", "vit_micro"]
-    here(compare, *args, "--methods", "TL-Align", "--seeds", 1)
+    here(compare, *args, "--methods", "TL-Align")
     checkpoints = sorted((tmp_path / "runs").rglob("best.pt"))
     for severity in "12":
         shutil.copytree(folder / "val" / "dark", tmp_path / "other" / "fog" / severity / "dark")

@@ -148,8 +148,8 @@ def parse(argv):
 def recipe(s, side, images):
     """Fill in what was not given. Large images get the paper's recipe, or Swin's own with Swin; small
     ones what trains small models well; --init DeiT's for fine-tuning, with a rate for new classes or,
-    above 224 px, for another resolution. side: of the set's images in pixels. images: how many there
-    are to train on. Returns the complete Settings."""
+    above 224 px, for another resolution (small images keep theirs). side: of the set's images in pixels.
+    images: how many there are to train on. Returns the complete Settings."""
     swin_like, micro, tune = s.model.startswith("swin"), s.model.endswith("micro"), s.init is not None
     large = (s.img_size or side) > data.SMALL
     patch_size = s.patch_size or ((4 if swin_like else 16) if large else (2 if swin_like else 4))
@@ -166,7 +166,7 @@ def recipe(s, side, images):
         "epochs": epochs,
         "batch_size": batch_size,
         "micro_batch": 32 if large and not cuda else 0,
-        "lr": lr / (1 if not tune else 10 if img_size <= 224 else 100),
+        "lr": lr / (1 if not (tune and large) else 10 if img_size <= 224 else 100),
         "warmup": min(20 if swin_like else 5, epochs / 10),
         "weight_decay": 1e-8 if tune else 0.05,
         "clip": 5.0 if swin_like else 0.0,
@@ -787,7 +787,7 @@ def bench(s, classes=1000):
         torch.cuda.synchronize() if cuda else None
         return (time.perf_counter() - began) / times
 
-    step = seconds(lambda: trainer.step(images, targets, 0, 1000), 10)
+    step = seconds(lambda: trainer.step(images, targets, 0, 1000), 5)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     memory = torch.cuda.max_memory_allocated() if cuda else resident
     side = 8192 if cuda else 2048

@@ -14,7 +14,7 @@ import train as script
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=2, help="how often the test of SIGKILL kills each run [2]")
+    parser.addoption("--kills", type=int, default=1, help="how often the test of SIGKILL kills each run [1]")
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 
 import compare
 import data
+import loader
 import mixing_ratio
 import robustness
 import runs
@@ -68,10 +69,15 @@ def here(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["a folder", "its own images"])
-def test_loader(tmp_path, folder, given):
-    args = (folder / "train",) if given else ()
-    out = command(tmp_path, "loader.py", *args, "--images", 8, "--rounds", 1, "--size", 64)
-    assert "| decode once, crop three times |" in out
+def test_loader(tmp_path, folder, given, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = [folder / "train"] if given else []
+    args += ["--images", 8, "--rounds", 1, "--size", 64]
+    monkeypatch.setattr(sys, "argv", ["loader.py", *map(str, args)])
+    threads = torch.get_num_threads()
+    loader.main()
+    torch.set_num_threads(threads)
+    assert "| decode once, crop three times |" in capsys.readouterr().out
     assert (tmp_path / "runs" / "loader" / "augmented.png").stat().st_size > 10_000
 
 
@@ -84,7 +90,7 @@ def test_cost(tmp_path):
 
 def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_path, folder):
     args = ["--data", folder, "--models", "vit_micro", "--methods", "TL-Align", "--seeds", 1]
-    small = ["--epochs", 1, "--images", 40, "--batch-size", 8, "--jobs", 2]
+    small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--jobs", 2]
     out = command(tmp_path, "compare.py", *args, *small)
     assert "2 of train, 2 to do" in out and "| vit_micro | TL-Align |" in out
     shutil.rmtree(next((tmp_path / "runs").rglob("*area-0")))  # as if it had been stopped before

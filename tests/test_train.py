@@ -220,6 +220,8 @@ def test_the_recipe_for_fine_tuning_is_deits():
     assert script.build(s, 10).layers[0].blocks[0].window == 12
     other_classes = script.recipe(tune, side=224, images=10_000)
     assert other_classes.lr == pytest.approx(5e-5 * other_classes.batch_size / 512)
+    small = dataclasses.replace(tune, model="swin_micro")
+    assert script.recipe(small, side=32, images=5000).lr == 3e-3  # as from scratch
 
 
 def test_defaults_fit_odd_images_and_small_sets():

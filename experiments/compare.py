@@ -8,8 +8,8 @@ No mixing, Mixup, and CutMix with four targets: the area, TransMix (ViT only), T
 residuals weighed by their norms; each with the same model, images, schedule and seeds. A seed sets the
 weights at the start, the order, the crops and the boxes alike for every method, so each method is held
 against the area target seed by seed: the table gives the mean difference with its 95 % interval over
-seeds. Accuracy is that of the last epoch. Time is the mean over seeds of a run's seconds an image beside
-the area's, from runs side by side: within some percent (`experiments/cost.py` measures it closely).
+seeds. Accuracy is that of the last epoch. Time is that of the fastest epoch of all seeds beside the
+area's; runs go side by side, so it is within some percent (`experiments/cost.py` measures it closely).
 """
 
 import statistics
@@ -34,20 +34,17 @@ def main():
 
     rows, panels = [], []
     for model in args.models:
-        top1, seconds = {}, {}
+        top1, rate = {}, {}
         for (name, method, _), s in trained.items():
             if name == model:
                 epochs = runs.done(s)
                 top1.setdefault(method, []).append(epochs[-1]["val_top1"])
-                seconds.setdefault(method, []).append(
-                    statistics.median(1 / e["images_per_s"] for e in epochs)
-                )
+                rate[method] = max(rate.get(method, 0), *(e["images_per_s"] for e in epochs))
         points = []
         for method in top1:
             gains = [a - b for a, b in zip(top1[method], top1["area"])]
             mean, half = runs.interval(gains)
-            cost = statistics.fmean(a / b for a, b in zip(seconds[method], seconds["area"]))
-            gain = "" if method == "area" else runs.signed(gains)
+            gain, cost = "" if method == "area" else runs.signed(gains), rate["area"] / rate[method]
             rows.append([model, method, f"{statistics.fmean(top1[method]):.2f}", gain, f"{cost:.2f}"])
             points.append((mean, mean - half, mean + half))
         panels.append((model, [*top1], {"mean difference to area and its 95 % interval": points}))

@@ -146,6 +146,9 @@ def measure(name, size, forms, args):
         trainer.step(images, labels, 0, 1000)
 
     def seconds(form, way):
+        step(form, way)  # not timed: finds memory as the way before it left it
+        if s.device == "cuda":
+            torch.cuda.synchronize()
         began = time.perf_counter()
         for _ in range(args.steps):
             step(form, way)
@@ -154,9 +157,9 @@ def measure(name, size, forms, args):
         return (time.perf_counter() - began) / args.steps
 
     times = {(form, way): [] for form in forms for way in WAYS}
-    for round in range(args.rounds + 1):
+    for _ in range(args.rounds):
         for which, taken in times.items():
-            taken += [seconds(*which)] * (round > 0)  # the first round warms up
+            taken.append(seconds(*which))
 
     def ratio(form, way, than):
         return statistics.median(a / b for a, b in zip(times[form, way], times[than, "area"]))

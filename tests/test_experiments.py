@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import compare
+import cost
 import data
 import loader
 import mixing_ratio
@@ -81,11 +82,13 @@ def test_loader(tmp_path, folder, given, monkeypatch, capsys):
     assert (tmp_path / "runs" / "loader" / "augmented.png").stat().st_size > 10_000
 
 
-def test_cost(tmp_path):
-    args = ["--forms", "channels", "--rounds", 1, "--batch-size", 2, "--device", "cpu"]
-    out = command(tmp_path, "cost.py", "--models", "deit_tiny", "--sizes", 64, *args)
+def test_cost(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    args = ["--models", "deit_tiny", "--sizes", 64, "--forms", "channels", "--rounds", 1, "--batch-size", 2]
+    monkeypatch.setattr(sys, "argv", ["cost.py", *map(str, args), "--device", "cpu"])
+    cost.main()
     table = (tmp_path / "runs" / "cost" / "cost.md").read_text()
-    assert table.strip() in out and len(table.splitlines()) == 3
+    assert table.strip() in capsys.readouterr().out and len(table.splitlines()) == 3
 
 
 def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_path, folder):

@@ -145,11 +145,11 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_weights(
     folder, tmp_path, start, processes, request
 ):
     planned = request.config.getoption("kills")
-    args = ("--data", folder, *RUN, "--epochs", 3 + planned, "--save-minutes", 0)
+    args = ("--data", folder, *RUN, "--epochs", 2 + planned, "--save-minutes", 0)
     args += ("--model", "deit_tiny", "--patch-size", 8)  # large enough that a save takes its time
     finish(start(processes, *args, "--out", "whole"))
     chance, run, kills, torn, steps = random.Random(processes), tmp_path / "killed", 0, 0, []
-    while kills < planned:
+    while kills < planned - (processes > 1):
         began, life = read_step(run), start(processes, *args, "--out", "killed")
         while life.poll() is None and read_step(run) == began:
             time.sleep(0.01)
@@ -157,14 +157,15 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_weights(
         kill(life)
         kills, torn = kills + 1, torn + (run / "last.pt.tmp").exists()
         steps.append(read_step(run))
-    env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env, began = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}, read_step(run)
     life = start(processes, *args, "--out", "killed", env=env, restarts=1)
-    if processes > 1:  # one of them dies: the launcher starts all of them again
-        while read_step(run) == steps[-1]:
+    if processes > 1:  # at last only one of them is killed: the launcher starts all of them again
+        while read_step(run) == began:
             time.sleep(0.01)
         os.kill(children(life)[-1], signal.SIGKILL)
+        kills += 1
     finish(life)
-    assert life.log.read_text().count("going on after step") == processes
+    assert life.log.read_text().count("going on after step") == (began > 0) + (processes > 1)
     print(f"{processes} process(es), killed {kills} times: after steps {steps}, {torn} times in a save")
     assert_equal(weights(tmp_path / "whole"), weights(run))
     assert history(tmp_path / "whole") == history(run)
@@ -195,7 +196,7 @@ def test_processes_whose_launcher_is_killed_stop_after_their_step(folder, tmp_pa
 
 def read_step(run):
     try:
-        return torch.load(run / "last.pt", weights_only=True)["step"]
+        return torch.load(run / "last.pt", weights_only=True, mmap=True)["step"]
     except FileNotFoundError:
         return 0
 

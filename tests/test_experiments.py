@@ -182,13 +182,14 @@ def test_the_influence_is_shapleys_value_for_three_sources():
         owners[:, k, :, 2 * k : 2 * k + 2] = 1
     levels = (owners * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)).sum(1, keepdim=True)
 
-    def product(images):  # a game in which the first two are worth something together alone
+    def product(images):  # a game in which all three together are worth something more
         a, b, c = (images[:, :1, :, i].mean((2, 3)) * 3 for i in (slice(0, 2), slice(2, 4), slice(4, 6)))
-        return a * b + c
+        return a * b * c + c
 
     shares = mixing_ratio.influence(product, levels.expand(-1, 3, -1, -1), owners, torch.zeros(1, 3, 6, 6))
     a, b, c = 3.0, 6.0, 9.0
-    torch.testing.assert_close(shares, torch.tensor([[a * b / 2, a * b / 2, c]]) / (a * b + c))
+    third = a * b * c / 3
+    torch.testing.assert_close(shares, torch.tensor([[third, third, third + c]]) / (3 * third + c))
 
 
 def test_visible_objects_are_counted_where_the_mix_shows_them():

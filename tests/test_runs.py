@@ -24,8 +24,8 @@ def history(run):
     return [{k: line[k] for k in ("epoch", "step", "train_loss", "val_top1", "val_top5")} for line in lines]
 
 
-def finish(process, timeout=120):
-    status = process.wait(timeout)
+def finish(process):
+    status = process.wait(timeout=300)
     assert status == 0, process.log.read_text()
 
 
@@ -78,9 +78,8 @@ def test_it_joins_the_processes_that_slurm_starts(folder, tmp_path, start):
 def test_an_error_of_one_process_ends_all_and_is_shown(folder, tmp_path, start):
     for path in (folder / "train").rglob("*.jpg"):
         path.write_text("not an image")
-    began = time.monotonic()
     run = start(2, "--data", folder, *RUN, "--img-size", 80)
-    assert run.wait(60) != 0 and time.monotonic() - began < 40  # of which most is importing torch
+    assert run.wait(timeout=200) != 0  # left alone, the other would wait for half an hour
     text = run.log.read_text()
     assert "error: " in text and "cannot be decoded, more than one in a hundred" in text
     assert "Traceback" not in text.split("torch/distributed/elastic")[0]
@@ -88,7 +87,7 @@ def test_an_error_of_one_process_ends_all_and_is_shown(folder, tmp_path, start):
 
 def test_bad_input_is_said_once_by_many_processes(tmp_path, start):
     run = start(2, "--data", "cifar11")
-    assert run.wait(60) != 0 and run.log.read_text().count("error: no folder or set is called") == 1
+    assert run.wait(timeout=300) != 0 and run.log.read_text().count("error: no folder or set is called") == 1
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -126,13 +125,13 @@ def test_a_signal_to_the_launcher_stops_all_processes_after_their_step(folder, t
     run = start(2, *args)
     wait_for(run, "step 5/")
     run.send_signal(signal.SIGTERM)
-    assert run.wait(60) != 0
+    assert run.wait(timeout=300) != 0
     assert "the same command goes on from there" in run.log.read_text()
     assert read_step(next((tmp_path / "runs").iterdir())) >= 5
 
 
 def wait_for(process, text):
-    for _ in range(600):
+    for _ in range(3000):
         if text in process.log.read_text():
             return
         assert process.poll() is None, process.log.read_text()
@@ -187,7 +186,7 @@ def test_processes_whose_launcher_is_killed_stop_after_their_step(folder, tmp_pa
     run = start(2, "--data", folder, *RUN, "--epochs", 1000, "--log-every", 1)
     wait_for(run, "step 5/")
     run.kill()
-    for _ in range(100):
+    for _ in range(600):
         if "the same command goes on" in run.log.read_text():
             return
         time.sleep(0.1)
@@ -207,9 +206,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(train, folder, tmp_path, m
 
     def filling(trainer, images, targets, at, *more):
         if at == 4:
-            while (beside := tmp_path / "run" / "last.pt.tmp").exists():  # the writer is still at it
+            while read_step(tmp_path / "run") < 4:  # the writer is still at it
                 time.sleep(0.01)
-            beside.symlink_to("/dev/full")
+            (tmp_path / "run" / "last.pt.tmp").symlink_to("/dev/full")
         return step(trainer, images, targets, at, *more)
 
     with monkeypatch.context() as m:

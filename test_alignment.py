@@ -455,12 +455,17 @@ def test_drop_path_drops_whole_branches_and_keeps_their_mean():
 
 
 @pytest.mark.parametrize(
-    "make, size, backend",
-    [(small_vit, 24, "inductor"), (small_swin, 32, "aot_eager")],  # whose kernels take long to build
-    ids=["vit", "swin"],
+    "make, size, fused, backend",
+    [
+        (small_vit, 24, False, "inductor"),
+        (small_vit, 24, True, "aot_eager"),  # without kernels, which take long to build
+        (small_swin, 32, False, "aot_eager"),
+        (small_swin, 32, True, "aot_eager"),
+    ],
+    ids=["vit", "vit-fused", "swin", "swin-fused"],
 )
-def test_a_training_step_with_alignment_compiles_without_graph_breaks(make, size, backend):
-    model = make(drop_path=0.2, residual="norm").train()  # the longer of the two rules
+def test_a_training_step_with_alignment_compiles_without_graph_breaks(make, size, fused, backend):
+    model = make(drop_path=0.2, residual="norm", fused=fused).train()  # the longer of the two rules
     images, labels = torch.randn(4, 3, size, size), torch.rand(4, (size // 4) ** 2, 1)
     rand, targets, grads = torch.rand(4, model.depth, 2), torch.tensor([1, 2, 3, 4]), []
     for step in (model, torch.compile(model, fullgraph=True, backend=backend)):

@@ -156,7 +156,7 @@ def train_all(runs, args):
 def side_by_side(function, todo, args, of, result):
     """Call function(s, ...) for each tuple of todo, in processes; say each as it ends, with its result(s).
     of: how many there are with those that are done."""
-    print(f"{of} of {function.__name__}, {len(todo)} to do, {args.jobs} side by side", flush=True)
+    print(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs} side by side", flush=True)
     began, threads = time.perf_counter(), max(1, script.cpus() // args.jobs)
     with ProcessPoolExecutor(
         args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)

@@ -95,10 +95,10 @@ def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_pat
     args = ["--data", folder, "--models", "vit_micro", "--methods", "TL-Align", "--seeds", 1]
     small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--jobs", 2]
     out = command(tmp_path, "compare.py", *args, *small)
-    assert "2 of train, 2 to do" in out and "| vit_micro | TL-Align |" in out
+    assert "train: 2 to do of 2" in out and "| vit_micro | TL-Align |" in out
     shutil.rmtree(next((tmp_path / "runs").rglob("*area-0")))  # as if it had been stopped before
     out, _ = here(compare, *args)
-    assert "2 of train, 1 to do" in out
+    assert "train: 1 to do of 2" in out
 
 
 def test_compare_covers_every_method(here):
@@ -110,15 +110,15 @@ def test_compare_covers_every_method(here):
 
 def test_mixing_ratio_and_robustness_share_the_runs_of_area_and_tl_align(here):
     out, text = here(mixing_ratio)
-    assert "4 of train, 4 to do" in out
+    assert "train: 4 to do of 4" in out
     first, layers = text.split("After each layer")
     assert first.count("| vit_micro |") == 8 and first.count("| swin_micro |") == 6
     assert layers.count("| TL-Align, norm |") == 4 * 4  # four models of four layers
     out, text = here(robustness, "--models", "vit_micro")
-    assert "2 of train, 0 to do" in out and "2 of measure, 2 to do" in out
+    assert "train: 0 to do of 2" in out and "measure: 2 to do of 2" in out
     assert all(f"| {name} |" in text for name in ["clean", "PGD 4/255", *robustness.CORRUPTIONS])
     out, again = here(robustness, "--models", "vit_micro")
-    assert "2 of measure, 0 to do" in out and again == text
+    assert "measure: 0 to do of 2" in out and again == text
 
 
 def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, folder, tmp_path):

@@ -132,10 +132,12 @@ def align_fused(labels, q, k, bias=None):
     if bias is not None:
         bias = bias.detach()
     windows = labels.shape[1] if labels.dim() == 4 else 1
-    y = labels.reshape(len(labels), windows, 1, *labels.shape[-2:])
     heads = q.shape[1] // windows
-    y = F.pad(y, (0, max(0, q.shape[-1] - y.shape[-1]))).expand(-1, -1, heads, -1, -1).flatten(1, 2)
-    moved = F.scaled_dot_product_attention(q.detach(), k.detach(), y.to(q.dtype), bias)
+    y = F.pad(labels, (0, max(0, q.shape[-1] - labels.shape[-1]))).to(q.dtype)
+    y = y.reshape(len(y), windows, 1, *y.shape[-2:])
+    # A copy for each head: a kernel may err where heads share their memory (pytorch issue 191937).
+    y = y.repeat(1, 1, heads, 1, 1).flatten(1, 2)
+    moved = F.scaled_dot_product_attention(q.detach(), k.detach(), y, bias)
     moved = moved[..., : labels.shape[-1]].unflatten(1, (windows, heads)).mean(2, dtype=labels.dtype)
     return (labels + moved.reshape(labels.shape)) / 2
 

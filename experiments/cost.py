@@ -1,25 +1,30 @@
 """What alignment costs in a training step, beside the area target and beside dense class labels.
 
     python experiments/cost.py                    # DeiT-S and Swin-T at 224 px, some minutes on a CPU
-    python experiments/cost.py --full             # all models, 224 and 384 px: for a GPU
-    python experiments/cost.py --models deit_base --sizes 384 --forms fused --bf16
+    python experiments/cost.py --full             # all models, sizes and forms: for a GPU
+    python experiments/cost.py --models deit_base --sizes 384 --forms fused --ways area aligned --rounds 40
 
-Four targets in each form of attention are timed in turn, round after round: the area, aligned labels as
-this project moves them, one share a token, the same with residuals weighed by norm (`--residual norm`),
-and dense labels, (B, N, 1000), as the authors' code does. Of each the fastest round counts, for whatever
-else a machine does only adds. "area" is the step with the area target beside that of the first form;
-"aligned", "norm" and "dense" are beside the area of their own form. Forms:
+Four ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
+labels as this project moves them, one share a token, the same with residuals weighed by norm
+(`--residual norm`), and dense labels, (B, N, 1000), as the authors' code does. A ratio is taken within a
+round, so that a machine that is busy slows both; the table has the median of the rounds and half of its 95 %
+interval, by bootstrap. "area" is the step with the area target beside that of the first form; "aligned",
+"norm" and "dense" are beside the area of their own form. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
+    narrow     the same with labels padded to 8 numbers, where `fused` pads them to the width of a head
+    flex       the same by flex_attention, with labels padded to 16 numbers
     channels   labels as eight further channels of the values, in the one call (ViT only)
-    compiled   explicit, under torch.compile
+    timm       timm's model of that name in the same loop, with the area target: the rate to beat. It
+               needs the package timm, which nothing else here does
 
-What theory gives stands beside: the labels' own arithmetic as a share of the model's (three times its
-forward pass). With N tokens, h heads of d channels and K numbers a label, a layer and image takes
+All are compiled on CUDA, as training is, and none on a CPU. What theory gives stands beside: the labels' own
+arithmetic as a share of the model's (three times its forward pass). With N tokens, h heads of d channels
+and K numbers a label, a layer and image takes
 
-    explicit   h N² + 2 N² K          the mean over heads, and A @ Y
-    fused      2 h N² (d + max(d, K))  the scores again, and values as wide as the heads
+    explicit   h N² + 2 N² K      the mean over heads, and A @ Y
+    others     2 h N² (d + w)     the scores again, and values w wide: K, padded as said above
 
 and no more memory than a few N x N matrices, for nothing of it is kept for the backward pass.
 """
@@ -27,18 +32,25 @@ and no more memory than a few N x N matrices, for nothing of it is kept for the 
 import argparse
 import dataclasses
 import json
+import math
+import os
 import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler need not say that it starts and stops
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import swin  # noqa: E402
 import tl_align  # noqa: E402
 import train as script  # noqa: E402
 import vit  # noqa: E402
@@ -56,12 +68,60 @@ def dense_loss(model, images, targets, rand, s):
     return F.cross_entropy(logits, aligned, label_smoothing=s.smoothing)
 
 
+# How the target is found: the loss, its --targets, and what weighs the labels' residual.
+WAYS = {
+    "area": (script.loss_of, "area", "half"),
+    "aligned": (script.loss_of, "tl_align", "half"),
+    "norm": (script.loss_of, "tl_align", "norm"),
+    "dense": (dense_loss, "tl_align", "half"),
+}
+
+# ---------------------------------------------------------------------------------------------------
+# Forms of attention. WIDTHS: how wide values are that hold labels of k numbers, beside heads of d.
+
+WIDTHS = {
+    "explicit": None,
+    "fused": lambda d, k: max(d, k),
+    "narrow": lambda d, k: -(-k // 8) * 8,
+    "flex": lambda d, k: max(16, 2 ** math.ceil(math.log2(k))),
+    "channels": lambda d, k: -(-k // 8) * 8,
+    "timm": None,
+}
+
+
+def align_by(attend, width):
+    """`tl_align.align_fused` by another attention, with values of another width."""
+
+    def align(labels, q, k, bias=None):
+        windows, n = labels.shape[1] if labels.dim() == 4 else 1, labels.shape[-1]
+        heads, bias = q.shape[1] // windows, bias if bias is None else bias.detach()
+        y = F.pad(labels, (0, width(q.shape[-1], n) - n)).to(q.dtype)
+        y = y.reshape(len(y), windows, 1, *y.shape[-2:]).repeat(1, 1, heads, 1, 1).flatten(1, 2)
+        moved = attend(q.detach(), k.detach(), y, bias)[..., :n].unflatten(1, (windows, heads))
+        return (labels + moved.mean(2, dtype=labels.dtype).reshape(labels.shape)) / 2
+
+    return align
+
+
+@torch.compile(dynamic=False)
+def flex(q, k, v, bias):
+    """`F.scaled_dot_product_attention` by flex attention."""
+    biased = lambda score, b, h, i, j: score + bias[h, i, j]
+    return flex_attention(q, k, v, score_mod=None if bias is None else biased)
+
+
+ALIGN = {
+    "narrow": align_by(F.scaled_dot_product_attention, WIDTHS["narrow"]),
+    "flex": align_by(flex, WIDTHS["flex"]),
+}
+
+
 def channels(self, x, labels=None):
     """`vit.Attention.forward` with labels as further channels of the values."""
     q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
     scale, d = q.shape[-1] ** -0.5, q.shape[-1]
     if labels is not None:
-        wide = -(-labels.shape[-1] // 8) * 8
+        wide = WIDTHS["channels"](d, labels.shape[-1])
         y = F.pad(labels, (0, wide - labels.shape[-1]))[:, None].expand(-1, self.heads, -1, -1)
         v, q, k = torch.cat([v, y.to(v.dtype)], -1), F.pad(q, (0, wide)), F.pad(k, (0, wide))
     x = F.scaled_dot_product_attention(q, k, v, scale=scale)
@@ -71,21 +131,55 @@ def channels(self, x, labels=None):
     return self.proj(rearrange(x[..., :d], "b h n d -> b n (h d)")), labels
 
 
-def theory(s, k, fused):
+class Timm(nn.Module):
+    """timm's model of a name of ours, to be called as ours are."""
+
+    depth = 1  # drop path finds its own random numbers
+
+    def __init__(self, name, img_size, patch_size, num_classes, drop_path, residual, window=None):
+        super().__init__()
+        import timm
+
+        kwargs = {"img_size": img_size, "num_classes": num_classes, "drop_path_rate": drop_path}
+        name += "_patch4_window7_224" if window else "_patch16_224"
+        self.model = timm.create_model(name, **kwargs, **({"window_size": window} if window else {}))
+
+    def forward(self, images, rand=None):
+        return self.model(images)
+
+
+def trainer_of(s, form):
+    timm = {s.model: lambda **kwargs: Timm(s.model, **kwargs)} if form == "timm" else {}
+    with mock.patch.dict(script.MODELS, timm):
+        trainer = script.Trainer(s, CLASSES)
+    trainer.raw.train()
+    for module in trainer.raw.modules():
+        if isinstance(module, (vit.Attention, swin.WindowAttention)):
+            module.fused = form != "explicit"
+        if form == "channels" and isinstance(module, vit.Attention):
+            module.forward = channels.__get__(module)
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------------
+# What is measured.
+
+
+def theory(s, form, k):
     """Arithmetic of labels of k numbers as a share of the model's, forward and backward."""
     total = 0
 
     def count(module, args):
         nonlocal total
         *_, windows, n, dim = (1, *args[0].shape[1:])
-        pairs, width = windows * n**2, dim // module.heads
-        one = 2 * module.heads * pairs * (width + max(width, k))
-        total += one if fused else pairs * (module.heads + 2 * k)
+        pairs, h = windows * n**2, module.heads
+        width = WIDTHS[form] and WIDTHS[form](dim // h, k)
+        total += 2 * h * pairs * (dim // h + width) if width else pairs * (h + 2 * k)
 
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = script.build(s, CLASSES)
         for module in model.modules():
-            if hasattr(module, "fused"):
+            if isinstance(module, (vit.Attention, swin.WindowAttention)):
                 module.register_forward_pre_hook(count)
         model(torch.empty(1, 3, s.img_size, s.img_size))
     return total / (3 * counter.get_total_flops())
@@ -95,54 +189,45 @@ def peak_memory(step, trainer):
     """Bytes that are allocated at most during a step, weights and moments included."""
     if trainer.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()  # of all trainers
         step()
-        return torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        step()
-    with tempfile.TemporaryDirectory() as folder:
-        run.export_chrome_trace(f"{folder}/trace.json")
-        events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
-    held = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
+        held = torch.cuda.max_memory_allocated() - before
+    else:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+            step()
+        with tempfile.TemporaryDirectory() as folder:
+            run.export_chrome_trace(f"{folder}/trace.json")
+            events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
+        held = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
     return held + 3 * sum(4 * p.numel() for p in trainer.raw.parameters())
 
 
-# How the target is found: the loss, and what weighs the labels' residual.
-WAYS = {
-    "area": (script.loss_of, "half"),
-    "tl_align": (script.loss_of, "half"),
-    "norm": (script.loss_of, "norm"),
-    "dense": (dense_loss, "half"),
-}
-
-
-def trainer_of(s, form):
-    trainer = script.Trainer(dataclasses.replace(s, compile=form == "compiled"), CLASSES)
-    trainer.raw.train()
-    for module in trainer.raw.modules():
-        if hasattr(module, "fused"):
-            module.fused = form == "fused"
-        if form == "channels" and isinstance(module, vit.Attention):
-            module.forward = channels.__get__(module)
-    return trainer
+def interval(ratios):
+    """Median and half of its 95 % interval, by bootstrap."""
+    ratios = torch.tensor(ratios)
+    drawn = torch.randint(len(ratios), (2000, len(ratios)), generator=torch.Generator().manual_seed(0))
+    low, high = ratios[drawn].quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{ratios.quantile(0.5).item():.3f} ± {(high - low) / 2:.3f}"
 
 
 def measure(name, size, forms, args):
     """The rows of the table for one model and size."""
     s = script.Settings(model=name, img_size=size, batch_size=args.batch_size, device=args.device)
-    s = dataclasses.replace(s, data="noise", bf16=args.bf16, augment="light")
+    s = dataclasses.replace(s, data="noise", bf16=args.bf16, compile=args.compile, augment="light")
     s = script.recipe(s, 224, 1_281_167)
     images = torch.randint(256, (s.batch_size, 3, size, size), dtype=torch.uint8, device=s.device)
     labels = torch.randint(CLASSES, (s.batch_size,), device=s.device)
     trainers = {form: trainer_of(s, form) for form in forms}
 
     def step(form, way):
-        trainer, (loss, residual) = trainers[form], WAYS[way]
-        targets = "area" if way == "area" else "tl_align"
-        trainer.loss, trainer.s = loss, dataclasses.replace(trainer.s, targets=targets)
+        trainer = trainers[form]
+        trainer.loss, targets, residual = WAYS[way]
+        trainer.s = dataclasses.replace(s, targets=targets)
         for block in trainer.raw.modules():
-            if hasattr(block, "residual"):
+            if isinstance(block, (vit.Block, swin.Block)):
                 block.residual = residual
-        trainer.step(images, labels, 0, 1000)
+        with mock.patch.object(tl_align, "align_fused", ALIGN.get(form, tl_align.align_fused)):
+            trainer.step(images, labels, 0, 1000)
 
     def seconds(form, way):
         step(form, way)  # not timed: finds memory as the way before it left it
@@ -155,23 +240,36 @@ def measure(name, size, forms, args):
             torch.cuda.synchronize()
         return (time.perf_counter() - began) / args.steps
 
-    times = {(form, way): [] for form in forms for way in WAYS}
-    for _ in range(args.rounds):
-        for which, taken in times.items():
-            taken.append(seconds(*which))
+    ways = {form: ["area"] if form == "timm" else args.ways for form in forms}
+    times = {(form, way): [] for form in forms for way in ways[form]}
+    memory = {}
+    for form, way in times:
+        try:
+            step(form, way)  # compiles, and makes the moments
+            memory[form, way] = peak_memory(lambda: step(form, way), trainers[form])
+        except torch.OutOfMemoryError:
+            trainers[form].optimizer.zero_grad()
+            torch.cuda.empty_cache()
+    for round in range(args.rounds):
+        for which in list(memory)[:: -1 if round % 2 else 1]:
+            times[which].append(seconds(*which))
 
-    def ratio(form, way, than):
-        return min(times[form, way]) / min(times[than, "area"])
+    def cell(of, *which):
+        fits = all(w in memory for w in which)
+        return of(*which) if fits else "" if which[0] not in times else "out of memory"
+
+    def time_of(which, area):
+        return interval([a / b for a, b in zip(times[which], times[area])])
 
     for form in forms:
-        memory = {way: peak_memory(lambda: step(form, way), trainers[form]) for way in WAYS}
-        rate = s.batch_size / min(times[form, "area"])
-        cells = [name, size, form, f"{rate:.1f}", f"{ratio(form, 'area', forms[0]):.3f}"]
-        cells += [f"{ratio(form, way, form):.3f}" for way in [*WAYS][1:]]
-        cells += [f"{memory['area'] / 2**30:.2f}"]
-        cells += [f"{memory[way] / memory['area']:.3f}" for way in [*WAYS][1:]]
-        for k in (1, CLASSES):
-            cells.append("" if form == "channels" else f"{100 * theory(s, k, form == 'fused'):.2f} %")
+        area, others = (form, "area"), [(form, way) for way in WAYS if way != "area"]
+        cells = [name, size, form]
+        cells += [cell(lambda a: f"{s.batch_size / torch.tensor(times[a]).quantile(0.5).item():.1f}", area)]
+        cells += [cell(time_of, area, (forms[0], "area"))]
+        cells += [cell(time_of, which, area) for which in others]
+        cells += [cell(lambda a: f"{memory[a] / 2**30:.2f}", area)]
+        cells += [cell(lambda w, a: f"{memory[w] / memory[a]:.3f}", which, area) for which in others]
+        cells += ["" if form == "timm" else f"{100 * theory(s, form, k):.2f} %" for k in (1, CLASSES)]
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
@@ -186,21 +284,26 @@ def main():
     parser.add_argument("--full", action="store_true", help="all models, sizes and forms")
     parser.add_argument("--models", nargs="+", default=["deit_small", "swin_tiny"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224])
-    parser.add_argument("--forms", nargs="+", default=["explicit", "fused"])
+    parser.add_argument("--forms", nargs="+", default=["explicit", "fused"], choices=WIDTHS)
+    parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)
     parser.add_argument("--batch-size", type=int, help="images a step [8 on the CPU, 256 on CUDA]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps timed together [1 on the CPU, 10 on CUDA]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="[on CUDA]")
+    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="[on CUDA]")
     parser.add_argument("--out", type=Path, default=Path("runs/cost"))
     args = parser.parse_args()
     cuda = args.device == "cuda"
     args.batch_size = args.batch_size or (256 if cuda else 8)
     args.steps = args.steps or (10 if cuda else 1)
     args.bf16 = cuda if args.bf16 is None else args.bf16
+    args.compile = cuda if args.compile is None else args.compile
     if args.full:
         args.models = ["deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small"]
-        args.sizes, args.forms = [224, 384], ["explicit", "fused", "channels", "compiled"]
+        args.sizes, args.forms = [224, 384], [*WIDTHS]
+    args.ways = ["area", *(way for way in args.ways if way != "area")]
+    torch._dynamo.config.recompile_limit = 64  # each form and way is a graph of its own
 
     rows = [HEAD]
     print(HEAD, flush=True)

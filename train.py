@@ -831,6 +831,8 @@ def run(argv):
     s, sets = prepare(s, processes)
     if not joined:
         launch(s, processes, argv)
+    if s.device.startswith("cuda:"):
+        torch.cuda.set_device(s.device)  # cuda:1, say: what names no device means this one
     say("settings: " + "  ".join(f"{k} {v}" for k, v in dataclasses.asdict(s).items() if v is not None))
     if s.bench:
         bench(s)

@@ -303,7 +303,7 @@ def main():
         args.models = ["deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small"]
         args.sizes, args.forms = [224, 384], [*WIDTHS]
     args.ways = ["area", *(way for way in args.ways if way != "area")]
-    torch._dynamo.config.recompile_limit = 64  # each form and way is a graph of its own
+    torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own
 
     rows = [HEAD]
     print(HEAD, flush=True)

@@ -7,7 +7,7 @@ The usual chain does all of augmentation an image at a time on the CPU: PIL, Ran
 RandAugment, ToTensor, Normalize, RandomErasing. Ours decodes and crops there and leaves the rest to the
 device, whole batches at a time; with repeated augmentation one decode serves three crops. Both are timed
 to the finished batch, on one core, in turn, and each round's ratio is taken, so that a machine that is
-busy slows both.
+busy slows both. Decoding alone stands beside them: one crop of an image can be no faster.
 
 Also written: augmented.png, a grid of what the device's half makes of eight of the images, for the eye.
 """
@@ -80,6 +80,9 @@ def main():
             "torchvision's chain": DataLoader(Subset(theirs, chosen), data.PART),
             "decode and crop": batches(1),
             "decode once, crop three times": batches(3),
+            "decode, and nothing else": DataLoader(
+                Subset(files, chosen), 8, collate_fn=lambda items: [items]
+            ),
         }
         rates = {name: [] for name in ways}
         for round in range(args.rounds + 1):  # the first brings the files into memory

@@ -49,7 +49,7 @@ def uniform(shape, *name):
 
 
 def bring(x, device):
-    """A CPU tensor on the device, which is not waited for: only from pinned memory is that so."""
+    """A copy of a CPU tensor on the device, which is not waited for: pinned memory allows that."""
     if torch.device(device).type == "cuda":
         x = x.pin_memory()
     return x.to(device, non_blocking=True)
@@ -112,22 +112,9 @@ def shapes(n, seed, size=32):
         return (t / period + rand(1, 1)) % 1 < 0.5
 
     rows, cols = wave(dy), wave(dx)
-    textures = torch.stack(
-        [
-            rows & ~rows,
-            rows,
-            cols,
-            wave(dx + dy),
-            wave(dx - dy),
-            rows ^ cols,
-            rows & cols,
-            wave(2 * dy),
-            wave(2 * dx),
-            wave(distance),
-        ],
-        dim=1,
-    )
-    texture = textures[torch.arange(n), classes][:, None]  # (n, 1, size, size)
+    textures = [torch.zeros_like(rows), rows, cols, wave(dx + dy), wave(dx - dy), rows ^ cols, rows & cols]
+    textures += [wave(2 * dy), wave(2 * dx), wave(distance)]  # in the order of SHAPES
+    texture = torch.stack(textures, dim=1)[torch.arange(n), classes][:, None]  # (n, 1, size, size)
     dark, light = rand(3, 1, 1, high=0.4), rand(3, 1, 1, low=0.6)
     images = torch.where(masks[:, None], torch.where(texture, dark, light), images)
 
@@ -169,12 +156,13 @@ def open_sets(name, root="data", seed=0):
         return Sets(TensorDataset(*train[:2]), TensorDataset(*val[:2]), SHAPES, flip=False)
     if name in NAMES:
         count, *parts, flip = TORCHVISION[NAMES[name]]
-        make, key = getattr(torchvision.datasets, NAMES[name]), "train" if parts[0] is True else "split"
+        make = functools.partial(getattr(torchvision.datasets, NAMES[name]), root, transform=to_rgb)
+        key = "train" if parts[0] is True else "split"
         try:
             try:  # what is there already; torchvision can no longer fetch all of its sets
-                train, val = (make(root, transform=to_rgb, **{key: part}) for part in parts)
-            except RuntimeError:
-                train, val = (make(root, transform=to_rgb, download=True, **{key: part}) for part in parts)
+                train, val = (make(**{key: part}) for part in parts)
+            except (OSError, RuntimeError):  # OSError: USPS's way to say that it is not there
+                train, val = (make(**{key: part}, download=True) for part in parts)
         except ImportError as e:
             raise InputError(f"torchvision reads {name} with another package: {e}; install it first") from e
         except (OSError, RuntimeError, ValueError) as e:
@@ -189,15 +177,13 @@ def open_folder(path):
         sets = ["shapes", *NAMES]
         hint = did_you_mean(str(path).lower(), sets) or f"; sets: {', '.join(sets)}"
         raise InputError(f"no folder or set is called {str(path)!r}{hint}")
-    for part in ("train", "val"):
-        if not (path / part).is_dir():
-            raise InputError(
-                f"{path} has no folder {part}/; it needs train/ and val/, a folder a class in each"
-            )
+    parts = path / "train", path / "val"
+    for part in parts:
+        if not part.is_dir():
+            needed = "train/ and val/, with a folder for each class"
+            raise InputError(f"{path} has no folder {part.name}/; it needs {needed}")
     try:
-        train, val = (
-            torchvision.datasets.ImageFolder(path / part, loader=decode) for part in ("train", "val")
-        )
+        train, val = (torchvision.datasets.ImageFolder(part, loader=decode) for part in parts)
     except FileNotFoundError as e:  # a class without images, or no class
         raise InputError(str(e).split(" Supported")[0]) from e
     odd = sorted(set(train.classes) ^ set(val.classes))
@@ -214,8 +200,7 @@ def decode(path):
     """A file's image as uint8 (3, H, W), whatever its extension says: JPEG (grayscale and CMYK too),
     PNG, WebP or GIF, turned as its EXIF tag says. Raises RuntimeError where it can't be read."""
     image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
-    if image.dtype == torch.uint16:  # a PNG of 16 bits a channel
-        image = (image.int() // 256).to(torch.uint8)
+    image = TF.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits a channel
     return image[0] if image.dim() == 4 else image  # the first frame of an animation
 
 
@@ -254,16 +239,16 @@ def random_resized_crop(image, size, g):
 
 def center_crop(image, size):
     """DeiT's evaluation crop: the shorter side to size / 0.875, bicubic, and the middle of that.
-    Of a small image, the whole: its shorter side to size."""
+    Of a small image the shorter side is kept whole, at size."""
     short = size if size <= SMALL else int(size / 0.875)
-    if min(image.shape[-2:]) != short:
-        image = TF.resize(image, [short], TF.InterpolationMode.BICUBIC)
+    image = TF.resize(image, [short], TF.InterpolationMode.BICUBIC)
     return TF.center_crop(image, [size, size])
 
 
 class Crops(Dataset):
     """What a worker runs. A key is (index, names): an image's number, and a generator's name for each
-    crop wanted of it, none for the evaluation crop. Returns crops, class and what failed to decode."""
+    crop wanted of it, none for the evaluation crop. An item is crops, class, names and what failed to
+    decode."""
 
     def __init__(self, dataset, size):
         self.dataset, self.size = dataset, size
@@ -272,17 +257,20 @@ class Crops(Dataset):
         return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):
-        """The items of a list of keys. Eight images are decoded and then cropped, not one and one: a core
-        is faster when it stays with a thing for a while."""
+        """The items of a list of keys. Eight images are decoded, then these eight are cropped: a core is
+        faster when it does one kind of work for a while."""
         items = []
-        for some in (keys[i : i + 8] for i in range(0, len(keys), 8)):
-            for (_, names), (image, target, bad) in zip(some, [self.read(index) for index, _ in some]):
+        for start in range(0, len(keys), 8):
+            some = keys[start : start + 8]
+            decoded = [self.read(index) for index, _ in some]
+            for (_, names), (image, target, bad) in zip(some, decoded):
                 crops = [random_resized_crop(image, self.size, generator(*name)) for name in names]
                 items.append((crops or [center_crop(image, self.size)], int(target), names, bad))
         return items
 
     def read(self, index):
-        """The image, or the next one that can be read; one in a hundred may fail (see `Stream`)."""
+        """The image, or the next one that can be read, its class and the names of those that failed; black
+        where more than one in a hundred do, which ends the run (see `Stream`)."""
         n, bad = len(self.dataset), []
         for i in range(index, index + n // 100 + 2):
             try:
@@ -478,10 +466,10 @@ def smooth(images):
     return images
 
 
-def warp(images, a, b, tx, c, d, ty):
+def warp(images, s, a, b, tx, c, d, ty):
     """Read each pixel (x, y) at (a x + b y + tx, c x + d y + ty), in units of half the image from its
-    centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1)."""
-    matrix = torch.stack([a, b, tx, c, d, ty], dim=-1).view(-1, 2, 3)
+    centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1), as s is, or plain."""
+    matrix = torch.stack([number + 0 * s for number in (a, b, tx, c, d, ty)], dim=-1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     fill = channels(images.device)[0] * 255
     warped = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill
@@ -501,11 +489,11 @@ RAND_AUGMENT = [
     lambda x, m, s: blend(x, TF.adjust_contrast(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, torch.zeros_like(x), 1 + 0.9 * s),  # brightness
     lambda x, m, s: blend(x, smooth(x), 1 + 0.9 * s),  # sharpness
-    lambda x, m, s: warp(x, (r := s * math.pi / 6).cos(), -r.sin(), 0 * s, r.sin(), r.cos(), 0 * s),
-    lambda x, m, s: warp(x, 1 + 0 * s, 0.3 * s, 0.3 * s, 0 * s, 1 + 0 * s, 0 * s),  # shear along x
-    lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0 * s, 0.3 * s, 1 + 0 * s, 0.3 * s),  # shear along y
-    lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0.9 * s, 0 * s, 1 + 0 * s, 0 * s),  # shift along x
-    lambda x, m, s: warp(x, 1 + 0 * s, 0 * s, 0 * s, 0 * s, 1 + 0 * s, 0.9 * s),  # shift along y
+    lambda x, m, s: warp(x, s, (r := s * math.pi / 6).cos(), -r.sin(), 0, r.sin(), r.cos(), 0),
+    lambda x, m, s: warp(x, s, 1, 0.3 * s, 0.3 * s, 0, 1, 0),  # shear along x
+    lambda x, m, s: warp(x, s, 1, 0, 0, 0.3 * s, 1, 0.3 * s),  # shear along y
+    lambda x, m, s: warp(x, s, 1, 0, 0.9 * s, 0, 1, 0),  # shift along x
+    lambda x, m, s: warp(x, s, 1, 0, 0, 0, 1, 0.9 * s),  # shift along y
 ]
 
 

@@ -20,15 +20,13 @@ import dataclasses
 import json
 import math
 import os
-import pickle
 import resource
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -55,12 +53,13 @@ MODELS = {make.__name__: make for make in VITS + SWINS}
 
 
 def option(default, help, choices=None, low=None, below=math.inf):
-    """A setting with its line of help, and what it may be: one of choices, or from low to below."""
+    """A setting: its default, its line of help, and what it may be: one of choices, or at least low and
+    less than below."""
     limits = {"help": help, "choices": choices, "low": low, "below": below}
     return dataclasses.field(default=default, metadata=limits)
 
 
-@dataclass
+@dataclasses.dataclass
 class Settings:
     data: str = option("shapes", "shapes, a torchvision set (cifar10, ...), or a folder with train/ and val/")
     root: str = option("data", "folder that torchvision's sets are downloaded to")
@@ -78,7 +77,7 @@ class Settings:
     lr: float = option(None, "learning rate at its peak", low=1e-12)
     warmup: float = option(None, "epochs in which the learning rate rises", low=0)
     weight_decay: float = option(None, "AdamW's decay of weight matrices", low=0)
-    clip: float = option(None, "largest norm of the gradient, 0 for any", low=0)
+    clip: float = option(None, "norm to clip the gradient at, 0 for none", low=0)
     ema: float = option(
         0.0, "decay of a running mean of the weights, such as 0.9999; 0: none", low=0, below=1
     )
@@ -88,7 +87,7 @@ class Settings:
     repeats: int = option(None, "crops of an image in a batch (repeated augmentation)", low=1)
     seed: int = option(0, "all randomness is a function of it", low=0, below=2**63)
     workers: int = option(None, "processes that decode images", low=0)
-    device: str = option(None, "cpu, cuda or cuda:N; the first GPU if there is one")
+    device: str = option(None, "cpu, cuda (all GPUs) or cuda:N; cuda where there is one")
     bf16: bool = option(None, "compute in bfloat16 (autocast); the default on CUDA")
     compile: bool = option(None, "use torch.compile; the default on CUDA")
     log_every: int = option(50, "steps between two lines of the log", low=1)
@@ -102,10 +101,8 @@ class Settings:
 
 
 # A run that is continued may differ in these alone.
-FREE = (
-    *("root", "micro_batch", "workers", "device", "compile", "log_every", "save_minutes"),
-    *("max_restarts", "out", "resume", "eval", "bench"),
-)
+FREE = {"root", "micro_batch", "workers", "device", "compile", "log_every", "save_minutes"}
+FREE |= {"max_restarts", "out", "resume", "eval", "bench"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,21 +137,21 @@ def parse(argv):
             raise InputError(f"{flag} must be at least {low} and {upper}, got {value}")
     if "eval" in given:
         saved = read_checkpoint(given["eval"]).get("settings", {})
-        known = {f.name for f in fields.values()} - set(FREE)
+        known = {f.name for f in fields.values()} - FREE
         given = {k: v for k, v in saved.items() if k in known} | given
     return Settings(**given)
 
 
 def recipe(s, side, images):
-    """Fill in what was not given. Large images get the paper's recipe, or Swin's own with Swin; small
-    ones what trains small models well; --init DeiT's for fine-tuning, with a rate for new classes or,
-    above 224 px, for another resolution (small images keep theirs). side: of the set's images in pixels.
-    images: how many there are to train on. Returns the complete Settings."""
+    """Fill in what was not given. Images above 64 px get the paper's recipe, or Swin's own with Swin;
+    smaller ones what trains small models well. With --init, DeiT's for fine-tuning: large images learn
+    at a tenth of the rate, above 224 px, where a resolution changes, at a hundredth. side: of the set's
+    images in pixels. images: how many there are to train on. Returns the complete Settings."""
     swin_like, micro, tune = s.model.startswith("swin"), s.model.endswith("micro"), s.init is not None
     large = (s.img_size or side) > data.SMALL
     patch_size = s.patch_size or ((4 if swin_like else 16) if large else (2 if swin_like else 4))
     img_size = s.img_size or math.ceil(side / patch_size) * patch_size
-    epochs = s.epochs or (4 if s.data == "shapes" else 300 if large and not tune else 30 if tune else 100)
+    epochs = s.epochs or (4 if s.data == "shapes" else 30 if tune else 300 if large else 100)
     cuda = s.device.startswith("cuda")
     batch_size = 64 if s.data == "shapes" or (s.bench and not cuda) else 1024 if large else 128
     batch_size = s.batch_size or max(2, min(batch_size, images // 20 // 2 * 2))  # some steps an epoch
@@ -166,7 +163,7 @@ def recipe(s, side, images):
         "epochs": epochs,
         "batch_size": batch_size,
         "micro_batch": 32 if large and not cuda else 0,
-        "lr": lr / (1 if not (tune and large) else 10 if img_size <= 224 else 100),
+        "lr": lr / (100 if tune and img_size > 224 else 10 if tune and large else 1),
         "warmup": min(20 if swin_like else 5, epochs / 10),
         "weight_decay": 1e-8 if tune else 0.05,
         "clip": 5.0 if swin_like else 0.0,
@@ -195,7 +192,7 @@ def check(s, images, processes):
     if s.repeats > 1 and data.fits_memory(images, s.img_size):
         raise InputError("--repeats is for images that workers decode, not for a small set held in memory")
     for flag, size in (("--batch-size", s.batch_size), ("--micro-batch", s.micro_batch)):
-        if s.mix != "none" and size % 2:
+        if size % pair(s):
             raise InputError(f"{flag} must be even, for images are mixed two by two; got {size}")
     if s.batch_size > images:
         raise InputError(f"--batch-size {s.batch_size} is more than the {images} training images")
@@ -203,34 +200,24 @@ def check(s, images, processes):
         needed = f"at least {processes * pair(s)}, {pair(s)} for each"
         raise InputError(f"--batch-size {s.batch_size} is too small for {processes} processes: {needed}")
     if s.targets == "transmix" and s.model.startswith("swin"):
-        raise InputError(
-            "--targets transmix needs a class token and Swin has none; "
-            "take a ViT (vit_micro, deit_tiny, ...) or --targets tl_align"
-        )
+        raise InputError("--targets transmix needs a class token: take a ViT, such as vit_micro, not a Swin")
 
 
 def build(s, classes):
-    """The model. Swin's windows are such that the last stage of a large image is one: 7 x 7 at 224 px,
-    12 x 12 at 384."""
-    window = {}
+    """The model. Swin's windows are 4 x 4 tokens for small images; for large ones the last stage is one
+    window where that is 7 x 7 or more, as at 224 px (7) and 384 px (12), and else 7 x 7."""
+    options = {k: getattr(s, k) for k in ("img_size", "patch_size", "drop_path", "residual")}
     if s.model.startswith("swin"):
         small, last = s.img_size <= data.SMALL, 8 * s.patch_size
-        window = {"window": 4 if small else 7 if s.img_size % last else max(7, s.img_size // last)}
+        options["window"] = 4 if small else 7 if s.img_size % last else max(7, s.img_size // last)
     try:
-        return MODELS[s.model](
-            img_size=s.img_size,
-            patch_size=s.patch_size,
-            num_classes=classes,
-            drop_path=s.drop_path,
-            residual=s.residual,
-            **window,
-        )
+        return MODELS[s.model](num_classes=classes, **options)
     except ValueError as e:
         raise InputError(f"--img-size does not fit {s.model}: {e}") from e
 
 
 # ---------------------------------------------------------------------------------------------------
-# Processes: each works one device, all hold the same weights and share every batch. Without a group of
+# Processes: each drives one device, all hold the same weights and share every batch. Without a group of
 # them there is one, of rank 0.
 
 
@@ -270,7 +257,7 @@ def from_processes(thing):
 
 
 def choose_device(s):
-    """The device that was asked for, or the first GPU if there is one. Raises InputError."""
+    """The device that was asked for, or cuda where there is one. Raises InputError."""
     name = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
@@ -350,39 +337,39 @@ def read_checkpoint(path):
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise InputError(f"there is no checkpoint {path}") from e
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ValueError, KeyError) as e:
+    except Exception as e:  # whatever a damaged file makes of the unpickler
         reason = str(e).split("\n")[0][:100] or "it ends too early"
         raise InputError(f"{path} is no checkpoint, or a damaged one: {reason}") from e
-    if isinstance(saved, dict) and "model" not in saved and all(torch.is_tensor(v) for v in saved.values()):
-        saved = {"model": saved}  # timm's files are the state dict itself
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict):
+    state = saved.get("model", saved) if isinstance(saved, dict) else None
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise InputError(f"{path} holds no model: expected a state dict, or a dict with one as 'model'")
-    return saved
+    return saved if "model" in saved else {"model": saved}  # timm's files are the state dict itself
 
 
-def write_beside(path, write, *also):
-    """A file is whole or it is not there: written under another name, then renamed over the old one,
-    which other files (also) become as well. Raises InputError where it can't be written."""
+def write_beside(path, write):
+    """A file is whole or it is not there: written under another name, then renamed over the old one.
+    Raises InputError where it can't be written."""
     beside = path.with_name(path.name + ".tmp")
     try:
         with beside.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        for other in also:
-            link = other.with_name(other.name + ".tmp")
-            link.unlink(missing_ok=True)
-            try:
-                os.link(beside, link)
-            except OSError:  # not every file system knows links
-                shutil.copyfile(beside, link)
-            os.replace(link, other)
         os.replace(beside, path)
     except (OSError, RuntimeError) as e:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
         reason = e.strerror if isinstance(e, OSError) else "the disk is full"  # as torch.save meets it
         raise InputError(f"{path} can't be written: {reason}; what was there is as it was") from e
+
+
+def on_cpu(thing):
+    """A copy in the CPU's memory: of a tensor, or of dicts and lists of them."""
+    if torch.is_tensor(thing):
+        return thing.to("cpu", copy=True)
+    if isinstance(thing, dict):
+        return {key: on_cpu(value) for key, value in thing.items()}
+    return [on_cpu(value) for value in thing] if isinstance(thing, list) else thing
 
 
 def load_weights(model, saved, path, new_head=False):
@@ -413,9 +400,9 @@ def lr_at(step, s, steps):
     """The learning rate as a function of the step: a line up from 1e-6, half a cosine down to 1e-5.
     steps: of an epoch."""
     warmup, total = s.warmup * steps, s.epochs * steps
+    start, final = min(1e-6, s.lr), min(1e-5, s.lr)
     if step < warmup:
-        return (start := min(1e-6, s.lr)) + (s.lr - start) * step / warmup
-    final = min(1e-5, s.lr)
+        return start + (s.lr - start) * step / warmup
     return final + (s.lr - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
@@ -460,9 +447,10 @@ def loss_of(model, images, targets, rand, s):
 class Trainer:
     """A model and its optimizer, and the step that trains them.
 
-    raw is the model itself, with the official parameter names; model what a step calls, distributed
-    and compiled; ema the running mean of its weights, or None. rows: the places of every batch that
-    are this process's, from and to: cut anywhere between two pairs, so that no size is forbidden."""
+    raw is the model itself, with the official parameter names; ddp the same, distributed; model what a
+    step calls, compiled as well; ema the running mean of the weights, or None; loss what a step
+    minimises, called as `loss_of`. rows: the places of every batch that are this process's, from and
+    to: cut anywhere between two pairs, so that no size is forbidden."""
 
     def __init__(self, s, classes):
         self.s, self.device, self.loss = s, torch.device(s.device), loss_of
@@ -534,14 +522,11 @@ class Meter:
 
     def waiting(self, batches):
         """The batches, and how long each was waited for."""
-        batches, self.since = iter(batches), time.perf_counter()
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
+        asked = self.since = time.perf_counter()
+        for batch in batches:
             self.waited += time.perf_counter() - asked
-            if batch is None:
-                return
             yield batch
+            asked = time.perf_counter()
 
     def line(self, step):
         """Mean loss, images/s and the share of time that waited for data, since the last line, which
@@ -602,8 +587,8 @@ def train(s, sets, out):
         write_beside(out / "config.json", lambda file: file.write(config.encode()))
 
     batches, val = (
-        data.load(part, s.img_size, s.batch_size, trainer.rows, s.seed, s.device, s.workers, repeats)
-        for part, repeats in ((sets.train, s.repeats), (sets.val, 1))
+        data.load(part, s.img_size, s.batch_size, trainer.rows, s.seed, s.device, s.workers, s.repeats)
+        for part in (sets.train, sets.val)
     )
     steps, total = batches.steps, s.epochs * batches.steps
     parameters = sum(p.numel() for p in raw.parameters()) / 1e6
@@ -612,9 +597,9 @@ def train(s, sets, out):
         f"{parameters:.1f} M parameters; {steps} steps an epoch on {world()} process(es)"
     )
 
-    def save(*also):
-        """Write last.pt, and as which other files: a copy, by the writer, while training goes on."""
-        nonlocal written
+    def save(*paths):
+        """Have the writer write the checkpoint to each path, from a copy, while training goes on."""
+        nonlocal written, saved_at
         with torch.no_grad():
             healthy = raw.eval()(torch.zeros(1, 3, s.img_size, s.img_size, device=s.device)).isfinite().all()
         if not healthy:
@@ -625,7 +610,6 @@ def train(s, sets, out):
                 "model": raw.state_dict(),
                 "optimizer": trainer.optimizer.state_dict(),
                 "step": step,
-                "epoch": len(history),
                 "best": best,
                 "history": history,
                 "meter": meter and meter.read,
@@ -635,9 +619,10 @@ def train(s, sets, out):
             if trainer.ema:
                 saved["ema"] = trainer.ema.state_dict()
             written.result()  # of the one before; raises what went wrong with it
-            saved = copy.deepcopy(saved)
-            written = writer.submit(write_beside, last, lambda file: torch.save(saved, file), *also)
-        return time.monotonic()
+            saved = on_cpu(saved)
+            dump = lambda file: torch.save(saved, file)
+            written = writer.submit(lambda: [write_beside(path, dump) for path in paths])
+        saved_at = time.monotonic()
 
     saved_at = time.monotonic()
     with stop_signals() as asked, ThreadPoolExecutor(1) as writer:
@@ -656,10 +641,10 @@ def train(s, sets, out):
                     say(
                         f"epoch {epoch + 1}/{s.epochs}  step {step}/{total}  loss {mean:.4f}  "
                         f"lr {lr_at(step - 1, s, steps):.2e}  {rate:.0f} images/s  data {wait:.0%}  "
-                        f"left {clock((total - step) * s.batch_size / rate)}"
+                        f"left {timedelta(seconds=int((total - step) * s.batch_size / rate))}"
                     )
                 if ends or due or stop:
-                    saved_at = save()
+                    save(last)
                 if stop:
                     written.result()
                     status = 128 + (asked() or signal.SIGTERM)
@@ -690,7 +675,7 @@ def train(s, sets, out):
                 write_beside(out / "metrics.jsonl", lambda file: file.write(lines))
                 if epoch + 1 == s.epochs:
                     draw(weights, sets.val, s, out / "alignment.png")
-            saved_at = save(*[out / "best.pt"] * improved)
+            save(*[out / "best.pt"] * improved, last)
         written.result()
     say(
         f"finished: top-1 {top1:.2f} %, best {best:.2f} %; {out}/ holds the weights, the metrics and a "
@@ -700,17 +685,13 @@ def train(s, sets, out):
 
 def check_same_run(s, saved, out):
     """Raise Ended where a run was begun with other settings: only some may change on the way."""
-    for f in dataclasses.fields(s):
-        then, now = saved.get(f.name), getattr(s, f.name)
-        if f.name in saved and f.name not in FREE and then != now:
-            flag = f"--{'no-' if then is False else ''}{f.name.replace('_', '-')}"
+    for name, then in saved.items():
+        now = getattr(s, name, then)
+        if name not in FREE and then != now:
+            flag = f"--{'no-' if then is False else ''}{name.replace('_', '-')}"
             value = "" if isinstance(then, bool) else f" {then}, not {now}"
             way_out = "give another --out, or --no-resume to start over"
             raise Ended(f"{out} holds a run with {flag}{value}; {way_out}", 2)
-
-
-def clock(seconds):
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02}:{int(seconds) % 60:02}"
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -732,9 +713,8 @@ def draw(model, dataset, s, path, rows=5, most=7):
     at = uniform((len(images), 3), "picture") * 0.5 + 0.25  # boxes of middling size, not at the border
     mask = tl_align.cutmix_mask(at, images.shape[-2:], s.patch_size)
     mixed = tl_align.mix(images, mask)
-    device = next(model.parameters()).device
     labels = tl_align.token_labels(mask, s.patch_size)
-    layers = model.layer_labels(data.normalize(mixed).to(device), labels.to(device))
+    layers = model.layer_labels(data.normalize(mixed).to(s.device), labels.to(s.device))
 
     colours = torch.tensor([OWN, PARTNER])[:, :, None, None] * 255
 
@@ -746,19 +726,15 @@ def draw(model, dataset, s, path, rows=5, most=7):
         share, read = layers[depth]
         title = f"layer {depth}" if depth < len(layers) - 1 else "aligned"
         columns.append((title, paint(rearrange(share, "b h w 1 -> b 1 h w")), read[:, 0]))
-    height, width = CELL + CAPTION, CELL + GAP
-    canvas = torch.full((3, rows * (height + GAP), len(columns) * width), 255, dtype=torch.uint8)
-    boxes, captions = [], []
+    cells, frame = [], torch.tensor([[0, 0, CELL - 1, CAPTION + CELL - 1]])
     for row in range(rows):
-        for column, (title, pictures, read) in enumerate(columns):
-            top, left = row * (height + GAP), column * width
-            mode = "nearest" if pictures.shape[-1] <= CELL else "area"
-            cell = F.interpolate(pictures[2 * row, None], (CELL, CELL), mode=mode)[0]
-            canvas[:, top + CAPTION : top + height, left : left + CELL] = cell.to(torch.uint8)
-            boxes.append([left, top, left + CELL - 1, top + height - 1])
-            captions.append(title if read is None else f"{title}: {read[2 * row].item():.2f}")
-    canvas = draw_bounding_boxes(canvas, torch.tensor(boxes), captions, "black")
-    write_beside(path, lambda file: save_image(canvas / 255, file, format="png"))
+        for title, pictures, read in columns:
+            cell = F.interpolate(pictures[2 * row, None], (CELL, CELL), mode="area")[0]
+            cell = F.pad(cell, (0, 0, CAPTION, 0), value=255).to(torch.uint8)
+            caption = title if read is None else f"{title}: {read[2 * row].item():.2f}"
+            cells.append(draw_bounding_boxes(cell, frame, [caption], "black") / 255)
+    grid = {"nrow": len(columns), "padding": GAP, "pad_value": 1}
+    write_beside(path, lambda file: save_image(cells, file, format="png", **grid))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -770,21 +746,24 @@ def bench(s, classes=1000):
     time a step, peak memory, and the model's arithmetic (three times that of its forward pass) as a
     share of what a large matrix product reaches on the same device."""
     trainer, cuda = Trainer(s, classes), s.device.startswith("cuda")
-    trainer.raw.train()
     n = trainer.rows[1] - trainer.rows[0]
     images = torch.randint(256, (n, 3, s.img_size, s.img_size), dtype=torch.uint8, device=s.device)
     targets = torch.randint(classes, (n,), device=s.device)
 
+    def wait():
+        if cuda:
+            torch.cuda.synchronize()
+
     def seconds(action, least):
-        """Of one action, after some that compile and warm up, over at least `least` seconds."""
+        """Of one action, the mean over at least `least` seconds, after three that compile and warm up."""
         for _ in range(3):
             action()
-        torch.cuda.synchronize() if cuda else None
+        wait()
         began, times = time.perf_counter(), 0
         while times < 3 or over_processes([time.perf_counter() - began < least])[0]:
             action()
             times += 1
-        torch.cuda.synchronize() if cuda else None
+        wait()
         return (time.perf_counter() - began) / times
 
     step = seconds(lambda: trainer.step(images, targets, 0, 1000), 5)
@@ -805,21 +784,21 @@ def bench(s, classes=1000):
 
 def prepare(s, processes):
     """Open the sets, complete the settings and check them. One process of a node goes first, for it may
-    have to download. Raises Ended with the first process's error that there is."""
+    have to download. Raises Ended with the first error, in the order of ranks."""
     first, sets, error = os.environ.get("LOCAL_RANK", "0") == "0", None, None
+    side, images = 32 if s.model.endswith("micro") else 224, 1_281_167  # what --bench makes up
     for turn in (True, False):
         try:
-            if first == turn and s.bench:
-                s = recipe(s, 32 if s.model.endswith("micro") else 224, 1_281_167)
-                check(s, 1_281_167, processes)
-            elif first == turn:
-                sets = data.open_sets(s.data, s.root, s.seed)
-                s = recipe(s, data.native_size(sets.train), len(sets.train))
-                check(s, len(sets.train), processes)
+            if first == turn:
+                if not s.bench:
+                    sets = data.open_sets(s.data, s.root, s.seed)
+                    side, images = data.native_size(sets.train), len(sets.train)
+                s = recipe(s, side, images)
+                check(s, images, processes)
         except InputError as e:
             error = str(e)
-        for message in filter(None, from_processes(error)):
-            raise Ended(message, 2)
+        if errors := [e for e in from_processes(error) if e]:
+            raise Ended(errors[0], 2)
     return s, sets
 
 
@@ -839,7 +818,7 @@ def run(argv):
     elif s.eval:
         model = build(s, len(sets.classes))
         load_weights(model, read_checkpoint(s.eval), s.eval)
-        val = data.load(sets.val, s.img_size, s.batch_size, None, s.seed, s.device, s.workers)
+        val = data.load(sets.val, s.img_size, s.batch_size, device=s.device, workers=s.workers)
         top1, top5 = evaluate(model.to(s.device), val, s)
         say(f"{s.eval}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(sets.val)} images")
     else:
@@ -847,7 +826,7 @@ def run(argv):
 
 
 def main(argv=None):
-    """Run, and say in one line why it ended if it did not get to its end."""
+    """Run. Where it does not get to its end, say in one line why."""
     text, status = None, 0
     try:
         run(sys.argv[1:] if argv is None else [str(word) for word in argv])

@@ -51,7 +51,7 @@ def uniform(shape, *name):
 def bring(x, device):
     """A copy of a CPU tensor on the device, which is not waited for: pinned memory allows that."""
     if torch.device(device).type == "cuda":
-        x = x.pin_memory()
+        x = x.contiguous().pin_memory()  # strided, it would be copied into memory that is not pinned
     return x.to(device, non_blocking=True)
 
 
@@ -469,7 +469,8 @@ def smooth(images):
 def warp(images, s, a, b, tx, c, d, ty):
     """Read each pixel (x, y) at (a x + b y + tx, c x + d y + ty), in units of half the image from its
     centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1), as s is, or plain."""
-    matrix = torch.stack([number + 0 * s for number in (a, b, tx, c, d, ty)], dim=-1).view(-1, 2, 3)
+    numbers = (n if torch.is_tensor(n) else torch.full_like(s, n) for n in (a, b, tx, c, d, ty))
+    matrix = torch.stack([*numbers], dim=-1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
     fill = channels(images.device)[0] * 255
     warped = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill

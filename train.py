@@ -456,9 +456,13 @@ class Trainer:
         self.s, self.device, self.loss = s, torch.device(s.device), loss_of
         torch.manual_seed(s.seed)
         self.raw = build(s, classes).to(self.device)
+        # Newer versions of torch prefer cuDNN's attention on H100, whose gradients have come out as NaN
+        # (pytorch issue 196678): flash attention it is.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         self.ddp = self.model = self.raw
-        if dist.is_initialized():
+        if world() > 1:
             self.ddp = self.model = DistributedDataParallel(self.raw, gradient_as_bucket_view=True)
+            self.ddp.broadcast_buffers = False  # they are constants
         if s.compile:
             self.model = torch.compile(self.ddp)
         self.optimizer = optimizer(self.raw, s)
@@ -827,12 +831,13 @@ def run(argv):
 
 def main(argv=None):
     """Run. Where it does not get to its end, say in one line why."""
-    text, status = None, 0
+    text, status, alone = None, 0, True
     try:
         run(sys.argv[1:] if argv is None else [str(word) for word in argv])
+        alone = False
     except Ended as e:  # all processes know
         text, status = e.args
-        text = None if rank() else text
+        text, alone = None if rank() else text, False
     except InputError as e:
         text, status = str(e), 2
     except KeyboardInterrupt:
@@ -840,12 +845,17 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         text, status = "the GPU's memory is too small; --micro-batch 128 takes the same step in parts", 1
     except RuntimeError as e:
-        if "gloo/transport" not in str(e) and not isinstance(e, dist.DistBackendError):
+        lost = "gloo/transport" in str(e) or isinstance(e, dist.DistBackendError)
+        if not (lost and dist.is_initialized()):
             raise
-        sys.exit(f"process {rank()} ends as well: it lost another one, which says why")
+        reason = " ".join(str(e).split())[:300]
+        text, status = f"process {rank()} lost another one, which may say why, or the network: {reason}", 1
     if text:
-        print(text if status > 128 else f"error: {text}", file=sys.stderr)
-    if dist.is_initialized() and status != 2:
+        print(text if status > 128 else f"error: {text}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        if alone:  # to take leave would be to wait for the others, who may wait for this one
+            sys.stdout.flush()
+            os._exit(status)
         dist.destroy_process_group()
     if status:
         sys.exit(status)

@@ -30,8 +30,8 @@ class Attention(nn.Module):
     that an attention moves to bf16 too. `fused=None` takes the fused form on CUDA, so that no N x N
     matrix is stored for the backward pass, and the explicit form elsewhere: there the labels reuse the
     matrix that the tokens made, where the fused form computes it again for them. On two CPU cores a
-    training step with labels was 5 to 12 % faster in explicit form for the models that one trains
-    there, the micro ones, and about as much slower for DeiT-S (`experiments/cost.py`).
+    training step with labels took about the same in both forms for ViT, and a tenth less in explicit
+    form for Swin (`experiments/cost.py`).
     """
 
     def __init__(self, dim, heads, fused=None):

@@ -217,6 +217,7 @@ def measure(name, size, forms, args):
     s = script.recipe(s, 224, 1_281_167)
     images = torch.randint(256, (s.batch_size, 3, size, size), dtype=torch.uint8, device=s.device)
     labels = torch.randint(CLASSES, (s.batch_size,), device=s.device)
+    torch._dynamo.reset()
     trainers = {form: trainer_of(s, form) for form in forms}
 
     def step(form, way):
@@ -247,7 +248,8 @@ def measure(name, size, forms, args):
         try:
             step(form, way)  # compiles, and makes the moments
             memory[form, way] = peak_memory(lambda: step(form, way), trainers[form])
-        except torch.OutOfMemoryError:
+        except RuntimeError as e:  # out of memory, or a kernel that is not made for these sizes
+            print(f"{name}, {size} px, {form}, {way}: {str(e).splitlines()[0]}", file=sys.stderr)
             trainers[form].optimizer.zero_grad()
             torch.cuda.empty_cache()
     for round in range(args.rounds):
@@ -256,7 +258,7 @@ def measure(name, size, forms, args):
 
     def cell(of, *which):
         fits = all(w in memory for w in which)
-        return of(*which) if fits else "" if which[0] not in times else "out of memory"
+        return of(*which) if fits else "" if which[0] not in times else "failed"
 
     def time_of(which, area):
         return interval([a / b for a, b in zip(times[which], times[area])])
@@ -303,18 +305,19 @@ def main():
         args.models = ["deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small"]
         args.sizes, args.forms = [224, 384], [*WIDTHS]
     args.ways = ["area", *(way for way in args.ways if way != "area")]
-    torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own
+    torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own,
+    torch._dynamo.config.automatic_dynamic_shapes = False  # with shapes that are known
 
-    rows = [HEAD]
-    print(HEAD, flush=True)
-    for name in args.models:
-        for size in args.sizes:
-            forms = [f for f in args.forms if f != "channels" or name.startswith("deit")]
-            for row in measure(name, size, forms, args):
-                rows.append(row)
-                print(row, flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "cost.md").write_text("\n".join(rows) + "\n")
+    with (args.out / "cost.md").open("w", buffering=1) as table:
+        print(HEAD, file=table)
+        print(HEAD, flush=True)
+        for name in args.models:
+            for size in args.sizes:
+                forms = [f for f in args.forms if f != "channels" or name.startswith("deit")]
+                for row in measure(name, size, forms, args):
+                    print(row, file=table)
+                    print(row, flush=True)
     print(f"\nthe same in {args.out}/cost.md; batch {args.batch_size}, torch {torch.__version__}")
 
 

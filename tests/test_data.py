@@ -172,3 +172,14 @@ def test_torchvisions_sets_are_opened_with_the_splits_that_they_have(monkeypatch
     assert made == [{"train": True}, {"train": False}, {"split": "trainval"}, {"split": "test"}]
     assert len(mnist.classes) == 10 and not mnist.flip and len(pets.classes) == 37 and pets.flip
     assert mnist.train[0][0].shape == (3, 28, 28) and data.native_size(mnist.train) == 28
+
+
+@pytest.mark.parametrize("missing", [RuntimeError, FileNotFoundError])  # USPS says the latter
+def test_torchvisions_sets_are_fetched_where_they_are_missing(monkeypatch, missing):
+    def make(root, transform, download=False, **part):
+        if not download:
+            raise missing("Dataset not found")
+        return TensorDataset(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.arange(4))
+
+    monkeypatch.setattr(torchvision.datasets, "USPS", make)
+    assert len(data.open_sets("usps").train) == 4

@@ -167,6 +167,8 @@ def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
     assert train("--eval", "older.pt", "--workers", 0).status == 0  # a setting that there is no more
     (tmp_path / "cut.pt").write_bytes(best.read_bytes()[:5000])
     one_line(train("--eval", "cut.pt"), "cut.pt", "damaged")
+    torch.save({"model": {"cls_token": 3}}, tmp_path / "odd.pt")
+    one_line(train("--eval", "odd.pt"), "odd.pt", "holds no model")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     one_line(train("--eval", "text.pt"), "text.pt")
     (tmp_path / "file").write_text("")

@@ -37,6 +37,7 @@ import os
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
@@ -249,7 +250,7 @@ def measure(name, size, forms, args):
             step(form, way)  # compiles, and makes the moments
             memory[form, way] = peak_memory(lambda: step(form, way), trainers[form])
         except RuntimeError as e:  # out of memory, or a kernel that is not made for these sizes
-            print(f"{name}, {size} px, {form}, {way}: {str(e).splitlines()[0]}", file=sys.stderr)
+            print(f"{name}, {size} px, {form}, {way}: {' '.join(str(e).split())[:200]}", file=sys.stderr)
             trainers[form].optimizer.zero_grad()
             torch.cuda.empty_cache()
     for round in range(args.rounds):
@@ -303,7 +304,7 @@ def main():
     args.compile = cuda if args.compile is None else args.compile
     if args.full:
         args.models = ["deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small"]
-        args.sizes, args.forms = [224, 384], [*WIDTHS]
+        args.sizes, args.forms = [224, 384], [f for f in WIDTHS if f != "timm" or find_spec("timm")]
     args.ways = ["area", *(way for way in args.ways if way != "area")]
     torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own,
     torch._dynamo.config.automatic_dynamic_shapes = False  # with shapes that are known

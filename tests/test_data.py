@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision
 from torch.utils.data import TensorDataset
 from torchvision.transforms.v2 import functional as TF
@@ -69,6 +70,18 @@ def test_the_evaluation_crop_is_deits():
     image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
     theirs = TF.center_crop(TF.resize(image, 256, TF.InterpolationMode.BICUBIC), 224)
     assert torch.equal(data.center_crop(image, 224), theirs)
+
+
+def test_a_random_resized_crop_is_a_box_of_the_image_as_torchvision_resizes_it(monkeypatch):
+    rows, cols = torch.meshgrid(torch.arange(200), torch.arange(250), indexing="ij")
+    image = torch.stack([rows, cols, rows ^ cols]).to(torch.uint8)  # each pixel tells where it is from
+    boxes, resize = [], F.interpolate
+    monkeypatch.setattr(F, "interpolate", lambda x, *a, **k: boxes.append(x[0]) or resize(x, *a, **k))
+    for i in range(20):
+        crop = data.random_resized_crop(image, 64, data.generator(i))
+        (top, left), size = boxes[-1][:2, 0, 0].tolist(), boxes[-1].shape[1:]
+        theirs = TF.resized_crop(image, top, left, *size, [64, 64], TF.InterpolationMode.BICUBIC)
+        assert (crop.int() - theirs.int()).abs().max() <= 1
 
 
 def test_random_resized_crops_have_the_reference_distribution():

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,6 +180,21 @@ def test_a_loss_that_is_not_finite_ends_the_run_at_its_step(train, folder, tmp_p
     done = train("--data", folder, *TINY, "--out", "run", "--lr", 1e30, "--warmup", 1)
     assert done.status == 1 and re.search(r"the loss is (nan|inf) at step \d", done.err)
     assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_the_log_tells_the_share_of_time_that_waits_for_data():
+    def slow():
+        for _ in range(4):
+            time.sleep(0.1)
+            yield "batch"
+
+    for batches, low, high in ((slow(), 0.5, 1), (["batch"] * 4, 0, 0.5)):
+        meter = script.Meter(10)
+        for _ in meter.waiting(batches):
+            time.sleep(0.02)
+            meter.pending.append(torch.tensor(1.0))
+        _, _, share = meter.line(4)
+        assert low <= share <= high and share == meter.summary()[2]
 
 
 def test_the_learning_rate_rises_in_a_line_and_falls_in_half_a_cosine():

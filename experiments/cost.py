@@ -19,9 +19,9 @@ interval, by bootstrap. "area" is the step with the area target beside that of t
     timm       timm's model of that name in the same loop, with the area target: the rate to beat. It
                needs the package timm, which nothing else here does
 
-All are compiled on CUDA, as training is, and none on a CPU. What theory gives stands beside: the labels' own
-arithmetic as a share of the model's (three times its forward pass). With N tokens, h heads of d channels
-and K numbers a label, a layer and image takes
+Models are compiled on CUDA, as in training, and not on a CPU, or as --compile says; flex attention always is.
+What theory gives stands beside: the labels' own arithmetic as a share of the model's (three times its forward
+pass). With N tokens, h heads of d channels and K numbers a label, a layer and image takes
 
     explicit   h N² + 2 N² K      the mean over heads, and A @ Y
     others     2 h N² (d + w)     the scores again, and values w wide: K, padded as said above
@@ -34,6 +34,7 @@ import dataclasses
 import json
 import math
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -51,6 +52,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import data  # noqa: E402
 import swin  # noqa: E402
 import tl_align  # noqa: E402
 import train as script  # noqa: E402
@@ -153,7 +155,6 @@ def trainer_of(s, form):
     timm = {s.model: lambda **kwargs: Timm(s.model, **kwargs)} if form == "timm" else {}
     with mock.patch.dict(script.MODELS, timm):
         trainer = script.Trainer(s, CLASSES)
-    trainer.raw.train()
     for module in trainer.raw.modules():
         if isinstance(module, (vit.Attention, swin.WindowAttention)):
             module.fused = form != "explicit"
@@ -204,11 +205,14 @@ def peak_memory(step, trainer):
 
 
 def interval(ratios):
-    """Median and half of its 95 % interval, by bootstrap."""
-    ratios = torch.tensor(ratios)
-    drawn = torch.randint(len(ratios), (2000, len(ratios)), generator=torch.Generator().manual_seed(0))
-    low, high = ratios[drawn].quantile(0.5, dim=1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{ratios.quantile(0.5).item():.3f} ± {(high - low) / 2:.3f}"
+    """Median, and half of its 95 % interval by bootstrap, of which one round has none."""
+    n, middle = len(ratios), f"{statistics.median(ratios):.3f}"
+    if n < 2:
+        return middle
+    drawn = torch.randint(n, (2000, n), generator=data.generator("bootstrap"))
+    medians = torch.tensor(ratios)[drawn].quantile(0.5, dim=1)
+    low, high = medians.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return f"{middle} ± {(high - low) / 2:.3f}"
 
 
 def measure(name, size, forms, args):
@@ -252,7 +256,6 @@ def measure(name, size, forms, args):
         except RuntimeError as e:  # out of memory, or a kernel that is not made for these sizes
             print(f"{name}, {size} px, {form}, {way}: {' '.join(str(e).split())[:200]}", file=sys.stderr)
             trainers[form].optimizer.zero_grad()
-            torch.cuda.empty_cache()
     for round in range(args.rounds):
         for which in list(memory)[:: -1 if round % 2 else 1]:
             times[which].append(seconds(*which))
@@ -267,7 +270,7 @@ def measure(name, size, forms, args):
     for form in forms:
         area, others = (form, "area"), [(form, way) for way in WAYS if way != "area"]
         cells = [name, size, form]
-        cells += [cell(lambda a: f"{s.batch_size / torch.tensor(times[a]).quantile(0.5).item():.1f}", area)]
+        cells += [cell(lambda a: f"{s.batch_size / statistics.median(times[a]):.1f}", area)]
         cells += [cell(time_of, area, (forms[0], "area"))]
         cells += [cell(time_of, which, area) for which in others]
         cells += [cell(lambda a: f"{memory[a] / 2**30:.2f}", area)]

@@ -30,8 +30,11 @@ import tl_align
 def to_windows(x, window, shift):
     """Cut a map into windows: pad it to whole ones, roll it back by the shift, partition it.
 
-    x: (B, H, W, C). shift: (rows, columns), in tokens. Returns (B, windows, window², C).
+    x: (B, H, W, C), or None where there are no labels. shift: (rows, columns), in tokens.
+    Returns (B, windows, window², C), or None.
     """
+    if x is None:
+        return None
     height, width = x.shape[1:3]
     if height % window or width % window:
         x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
@@ -42,6 +45,8 @@ def to_windows(x, window, shift):
 
 def from_windows(x, window, shift, size):
     """Undo `to_windows`. x: (B, windows, window², C), size: (H, W). Returns (B, H, W, C)."""
+    if x is None:
+        return None
     height, width = size
     rows = -(-height // window)
     x = rearrange(x, "b (nh nw) (h w) c -> b (nh h) (nw w) c", nh=rows, h=window)
@@ -96,18 +101,19 @@ class WindowAttention(nn.Module):
         bias = rearrange(bias, "n m h -> 1 h n m")
         if mask is not None:
             bias = bias + mask  # (windows, h, n, n)
-        if x.is_cuda if self.fused is None else self.fused:
+        fused = x.is_cuda if self.fused is None else self.fused
+        if not fused:
+            attention = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
+            x = attention @ v  # (B, windows, h, n, d)
+            if labels is not None:
+                labels = tl_align.align(labels, attention)
+        else:
             windows = x.shape[1]
             q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, windows * h, n, d)
             bias = bias.expand(windows, -1, -1, -1).flatten(0, 1).to(q.dtype)
             x = F.scaled_dot_product_attention(q, k, v, bias).unflatten(1, (windows, self.heads))
             if labels is not None:
                 labels = tl_align.align_fused(labels, q, k, bias)
-        else:
-            attention = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
-            x = attention @ v  # (B, windows, h, n, d)
-            if labels is not None:
-                labels = tl_align.align(labels, attention)
         return self.proj(rearrange(x, "b w h n d -> b w n (h d)")), labels
 
 
@@ -122,28 +128,24 @@ class Block(nn.Module):
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
 
-    def forward(self, x, labels=None, keep=(None, None)):
+    def forward(self, x, labels=None, keep=(1, 1)):
+        """keep: what stochastic depth (Huang et al. 2016) multiplies the two branches with."""
         size, window = x.shape[1:3], self.window
         # A map of one window has nothing to shift to.
         shift = tuple(window // 2 if self.shifted and side > window else 0 for side in size)
         mask = window_mask(size, window, shift, x.device)
 
         moved = to_windows(self.norm1(x), window, shift)
-        aligned = labels if labels is None else to_windows(labels, window, shift)
+        aligned = to_windows(labels, window, shift)
         moved, aligned = self.attn(moved, aligned, mask)  # tokens and labels move together
         moved = from_windows(moved, window, shift, size)
-        aligned = labels if labels is None else from_windows(aligned, window, shift, size)
+        aligned = from_windows(aligned, window, shift, size)
 
         if labels is not None:
             labels = tl_align.weigh(labels, aligned, x, moved) if self.residual == "norm" else aligned
-        x = x + drop_path(moved, keep[0])
-        x = x + drop_path(self.mlp(self.norm2(x)), keep[1])  # token by token: labels stay
+        x = x + keep[0] * moved
+        x = x + keep[1] * self.mlp(self.norm2(x))  # token by token: labels stay
         return x, labels
-
-
-def drop_path(branch, keep):
-    """Stochastic depth (Huang et al. 2016): keep is 0 or 1 / (1 - rate) for each sample."""
-    return branch if keep is None else branch * keep
 
 
 class PatchMerging(nn.Module):
@@ -255,11 +257,11 @@ class Swin(nn.Module):
         return self.norm(x), layers
 
     def _keep(self, images, rand):
-        """What drop path multiplies each block's two branches with: pairs of (B, 1, 1, 1)."""
+        """What drop path multiplies each block's two branches with: 0 or 1 / (1 - rate), (B, 1, 1, 1)."""
         if not self.training or self.drop_path == 0:
-            return [(None, None)] * self.depth
+            return [(1, 1)] * self.depth
         if rand is None:
-            rand = torch.rand(len(images), self.depth, 2, device=images.device)
+            rand = torch.rand(images.shape[0], self.depth, 2, device=images.device)
         rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
         return rearrange((rand >= rate) / (1 - rate), "b depth two -> depth two b 1 1 1")
 
@@ -268,9 +270,9 @@ class Swin(nn.Module):
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % p or images.shape[3] % p:
             expected = f"(B, 3, H, W) with sides that are multiples of {p}"
             raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
-        tokens = images.shape[2] // p * (images.shape[3] // p)
-        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (len(images), tokens)):
-            expected = f"({len(images)}, {tokens}, K), one row for each patch"
+        batch, tokens = images.shape[0], images.shape[2] // p * (images.shape[3] // p)
+        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (batch, tokens)):
+            expected = f"({batch}, {tokens}, K), one row for each patch"
             raise ValueError(f"labels must be {expected}, got {tuple(labels.shape)}")
 
     def adapt(self, state):

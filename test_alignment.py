@@ -4,6 +4,7 @@ python -m pytest test_alignment.py
 """
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -53,8 +54,7 @@ def setting(request):
     return make, torch.randn(2, 3, *size), labels
 
 
-# ---------------------------------------------------------------------------------------------------
-# An independent reference: each layer as a matrix that says how much of token j ends in token i, from
+# --- An independent reference: each layer as a matrix that says how much of token j ends in token i, from
 # the tokens' coordinates and the layer's weights, one pair of tokens at a time.
 
 
@@ -66,7 +66,8 @@ def heads_of(attention, x):
 
 def weights_of_attention(model, images):
     """Of each block, how much attention weighs at each token beside the skip connection, (B, ..., 1): a
-    half, or by norm; what attention adds is what the second norm is given and the block is not."""
+    half, or by norm; what attention adds is what the second norm is given and the block is not. A block that
+    computes the class token alone gives that one's."""
     joined = []
     hooks = [
         b.norm2.register_forward_pre_hook(lambda _, args: joined.append(args[0])) for b in blocks_of(model)
@@ -75,6 +76,7 @@ def weights_of_attention(model, images):
     for hook in hooks:
         hook.remove()
     for block, x, after in zip(blocks_of(model), inputs, joined):
+        x = x[:, : after.shape[1]]
         added, kept = (t.square().sum(-1, keepdim=True).sqrt() for t in (after - x, x))
         yield added / (added + kept) if block.residual == "norm" else torch.full_like(kept, 0.5)
 
@@ -177,8 +179,7 @@ def test_labels_move_as_the_layers_move_tokens(setting, fused, residual):
     assert (aligned - labels.mean(1)).abs().max() > 1e-3  # and they do move
 
 
-# ---------------------------------------------------------------------------------------------------
-# Facts of the rules.
+# --- Facts of the rules.
 
 
 @torch.no_grad()
@@ -270,7 +271,8 @@ def test_two_cross_entropies_equal_the_dense_soft_target(smoothing):
 def test_transmix_is_the_last_attention_over_the_mask_averaged_with_the_area():
     torch.manual_seed(0)
     model, images, labels = small_vit(), torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1)
-    logits, share = model(images, labels, transmix=True)
+    logits, looks = model(images, looks=True)
+    share = tl_align.transmix(labels, looks)
     assert torch.equal(logits, model(images)) and not share.requires_grad
     x = block_inputs(model, images)[-1]
     for image in range(2):
@@ -278,10 +280,31 @@ def test_transmix_is_the_last_attention_over_the_mask_averaged_with_the_area():
         weights = (q[:, 0, None] * k / math.sqrt(k.shape[-1])).sum(-1).softmax(-1).mean(0)[1:]
         seen = (weights * labels[image, :, 0]).sum() / weights.sum()
         torch.testing.assert_close(share[image, 0], (seen + labels[image].mean()) / 2)
+    with pytest.raises(ValueError, match='pool="avg" has none'):
+        small_vit(pool="avg")(images, looks=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Mixing.
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("residual", ["half", "norm"])
+def test_a_last_block_of_the_class_token_alone_gives_what_the_whole_block_gives(fused, residual, monkeypatch):
+    torch.manual_seed(0)
+    images, labels, targets = torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1), torch.tensor([1, 2])
+    model = small_vit(fused=fused, residual=residual, drop_path=0.3).double().train()
+    rand, forward, found = torch.rand(2, model.depth, 2), vit.Block.forward, []
+    for block in (forward, lambda self, x, y, keep, rows: forward(self, x, y, keep)):
+        monkeypatch.setattr(vit.Block, "forward", block)
+        model.zero_grad()
+        logits, aligned = model(images.double(), labels.double(), rand=rand)
+        tl_align.mixed_cross_entropy(logits, targets, aligned).backward()
+        found.append([logits, aligned, *(p.grad.clone() for p in model.parameters())])
+    for alone, whole in zip(*found, strict=True):
+        torch.testing.assert_close(alone, whole)
+    model.eval()
+    _, aligned = model(images.double(), labels.double())
+    torch.testing.assert_close(model.layer_labels(images.double(), labels.double())[-1][1], aligned)
+
+
+# --- Mixing.
 
 
 def test_partners_are_mutual_and_survive_cutting_the_batch_between_pairs():
@@ -322,8 +345,7 @@ def test_mixup_is_a_mask_that_is_the_same_everywhere():
     torch.testing.assert_close(mixed[1], 0.2 * images[1] + 0.8 * images[0])
 
 
-# ---------------------------------------------------------------------------------------------------
-# The models are the published ones.
+# --- The models are the published ones.
 
 
 @torch.no_grad()
@@ -474,3 +496,19 @@ def test_a_training_step_with_alignment_compiles_without_graph_breaks(make, size
         tl_align.mixed_cross_entropy(logits, targets, aligned).backward()
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("make, size", [MODELS["vit"], MODELS["swin-odd"]], ids=["vit", "swin"])
+def test_models_are_exported_and_traced_for_batches_of_any_size(make, size):
+    model, images = make().eval(), torch.randn(3, 3, *size)
+    labels = torch.rand(3, size[0] // 4 * (size[1] // 4), 1)
+    batch = {0: torch.export.Dim("batch")}
+    exported = torch.export.export(model, (images, labels), dynamic_shapes=(batch, batch)).module()
+    for few in (1, 2, 3):
+        for a, b in zip(model(images[:few], labels[:few]), exported(images[:few], labels[:few])):
+            torch.testing.assert_close(a, b)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that images of another size may take another path
+        warnings.filterwarnings("error", ".*Using len", category=torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, images)
+    torch.testing.assert_close(traced(images[:2]), model(images[:2]))

@@ -27,8 +27,7 @@ the token operations that they mirror. To use it elsewhere, copy it together wit
 import torch
 import torch.nn.functional as F
 
-# ---------------------------------------------------------------------------------------------------
-# Mixing two images. A mix is a mask: 0 keeps the image's own pixel, 1 takes its partner's.
+# --- Mixing two images. A mix is a mask: 0 keeps the image's own pixel, 1 takes its partner's.
 
 
 def partner(x):
@@ -84,8 +83,7 @@ def mix(images, mask):
     return torch.lerp(images, partner(images), mask)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Labels on their way through the network.
+# --- Labels on their way through the network.
 
 
 def token_labels(mask, patch_size):
@@ -113,11 +111,12 @@ def align(labels, attention):
     the residual, which keeps what the token held before. It is a measurement of what the layer does:
     no gradient flows back through it.
 
-    labels: (..., N, K). attention: (..., heads, N, N), after the softmax. Returns (..., N, K).
+    labels: (..., N, K). attention: (..., heads, n, N), after the softmax, of the first n tokens: all of
+    them, or those that are read further on. Returns (..., n, K).
     """
-    a = attention.detach().mean(-3).to(labels.dtype)
+    a = attention.detach().mean(-3).to(labels.dtype)  # (..., n, N)
     with torch.autocast(labels.device.type, enabled=False):  # bf16 would round the labels each layer
-        return (labels + a @ labels) / 2
+        return (labels[..., : a.shape[-2], :] + a @ labels) / 2
 
 
 def align_fused(labels, q, k, bias=None):
@@ -126,8 +125,8 @@ def align_fused(labels, q, k, bias=None):
     The N x N matrix is never stored. Labels are as wide as the heads, the rest filled with zeros: the
     fused kernels ask for values as wide as the keys.
 
-    labels: (B, N, K), or (B, windows, N, K). q, k: (B, windows * heads, N, head_dim).
-    bias: added to the scores, broadcast to (B, windows * heads, N, N). Returns the shape of labels.
+    labels: (B, N, K), or (B, windows, N, K). q: (B, windows * heads, n, head_dim), k likewise with N.
+    bias: added to the scores, broadcast to (B, windows * heads, n, N). Returns (..., n, K).
     """
     if bias is not None:
         bias = bias.detach()
@@ -139,6 +138,7 @@ def align_fused(labels, q, k, bias=None):
     y = y.repeat(1, 1, heads, 1, 1).flatten(1, 2)
     moved = F.scaled_dot_product_attention(q.detach(), k.detach(), y, bias)
     moved = moved[..., : labels.shape[-1]].unflatten(1, (windows, heads)).mean(2, dtype=labels.dtype)
+    labels = labels[..., : q.shape[-2], :]
     return (labels + moved.reshape(labels.shape)) / 2
 
 
@@ -171,8 +171,7 @@ def transmix(labels, attention):
     return (labels.mean(1) + torch.einsum("bn,bnk->bk", weights.to(labels.dtype), labels)) / 2
 
 
-# ---------------------------------------------------------------------------------------------------
-# The loss.
+# --- The loss.
 
 
 def mixed_cross_entropy(logits, targets, share, smoothing=0.0):

@@ -26,12 +26,10 @@ import tl_align
 class Attention(nn.Module):
     """Multi-head self-attention: the one place where content moves from token to token.
 
-    Explicit and fused forms give the same up to rounding; under bf16 the fused form rounds the labels
-    that an attention moves to bf16 too. `fused=None` takes the fused form on CUDA, so that no N x N
-    matrix is stored for the backward pass, and the explicit form elsewhere: there the labels reuse the
-    matrix that the tokens made, where the fused form computes it again for them. On two CPU cores a
-    training step with labels took about the same in both forms for ViT, and a tenth less in explicit
-    form for Swin (`experiments/cost.py`).
+    The explicit form is the definition; the fused one gives the same up to rounding, and under bf16 rounds
+    the labels that an attention moves to bf16 too. `fused=None` takes it on CUDA, so that no N x N matrix
+    is stored for the backward pass, and the explicit form elsewhere: there the labels reuse the matrix
+    that the tokens made, where the fused form computes it again for them (`experiments/cost.py`).
     """
 
     def __init__(self, dim, heads, fused=None):
@@ -40,24 +38,37 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, labels=None):
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        if x.is_cuda if self.fused is None else self.fused:
-            x = F.scaled_dot_product_attention(q, k, v)  # (B, h, N, d)
-            if labels is not None:
-                labels = tl_align.align_fused(labels, q, k)
-        else:
-            attention = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, N, N)
-            x = attention @ v  # (B, h, N, d)
+    def forward(self, x, labels=None, rows=None):
+        """x: (B, N, dim). labels: (B, N, K). rows: of how many tokens, from the first, the outcome is
+        wanted; None for all. Returns (B, rows, dim) and (B, rows, K)."""
+        q, k, v = self.project(x, rows)
+        fused = x.is_cuda if self.fused is None else self.fused
+        if not fused:
+            attention = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, rows, N)
+            x = attention @ v  # (B, h, rows, d)
             if labels is not None:
                 labels = tl_align.align(labels, attention)
+        else:
+            x = F.scaled_dot_product_attention(q, k, v)  # (B, h, rows, d)
+            if labels is not None:
+                labels = tl_align.align_fused(labels, q, k)
         return self.proj(rearrange(x, "b h n d -> b n (h d)")), labels
+
+    def project(self, x, rows=None):
+        """Queries of the first rows, (B, h, rows, d), keys and values of all, (B, h, N, d)."""
+        if rows is None:
+            return rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        w, b, dim = self.qkv.weight, self.qkv.bias, x.shape[-1]
+        q, kv = F.linear(x[:, :rows], w[:dim], b[:dim]), F.linear(x, w[dim:], b[dim:])
+        q = rearrange(q, "b n (h d) -> b h n d", h=self.heads)
+        k, v = rearrange(kv, "b n (two h d) -> two b h n d", two=2, h=self.heads)
+        return q, k, v
 
     @torch.no_grad()
     def class_attention(self, x):
-        """How much the class token looks at each patch, averaged over heads: (B, N)."""
-        q, k, _ = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        attention = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, 1, 1 + N)
+        """How much the class token looks at each patch, averaged over heads: (B, N - 1)."""
+        q, k, _ = self.project(x, rows=1)
+        attention = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, 1, N)
         return attention[:, :, 0, 1:].mean(1)
 
 
@@ -72,18 +83,17 @@ class Block(nn.Module):
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
 
-    def forward(self, x, labels=None, keep=(None, None)):
-        moved, aligned = self.attn(self.norm1(x), labels)  # tokens and labels move together
+    def forward(self, x, labels=None, keep=(1, 1), rows=None):
+        """keep: what stochastic depth (Huang et al. 2016) multiplies the two branches with. rows: how many
+        tokens, from the first, are read after this block; None for all."""
+        moved, aligned = self.attn(self.norm1(x), labels, rows)  # tokens and labels move together
+        x = x[:, :rows]
         if labels is not None:
-            labels = tl_align.weigh(labels, aligned, x, moved) if self.residual == "norm" else aligned
-        x = x + drop_path(moved, keep[0])
-        x = x + drop_path(self.mlp(self.norm2(x)), keep[1])  # token by token: labels stay
+            measured = self.residual == "norm"
+            labels = tl_align.weigh(labels[:, :rows], aligned, x, moved) if measured else aligned
+        x = x + keep[0] * moved
+        x = x + keep[1] * self.mlp(self.norm2(x))  # token by token: labels stay
         return x, labels
-
-
-def drop_path(branch, keep):
-    """Stochastic depth (Huang et al. 2016): keep is 0 or 1 / (1 - rate) for each sample."""
-    return branch if keep is None else branch * keep
 
 
 class ViT(nn.Module):
@@ -131,20 +141,23 @@ class ViT(nn.Module):
             elif name.endswith("bias") and "patch_embed" not in name:
                 nn.init.zeros_(p)
 
-    def forward(self, images, labels=None, *, transmix=False, rand=None):
+    def forward(self, images, labels=None, *, looks=False, rand=None):
         """Logits, and where labels are given the label of what the head reads.
 
         images: (B, 3, img_size, img_size). labels: (B, N, K), of each patch, row by row.
-        transmix: give TransMix's target instead of the aligned label; it needs the class token.
+        looks: give instead how much the class token looks at each patch in the last block, (B, N).
         rand: (B, depth, 2), uniform in [0, 1): which branches drop path drops in training, for
         callers whose runs must repeat; drawn here if None.
         Returns (B, num_classes), or that and (B, K). Raises ValueError for any other shape.
         """
-        x, layers, looks = self._trunk(images, labels, transmix, rand)
+        x, layers, before = self._trunk(images, labels, rand, rows=1 if self.pool == "cls" else None)
         logits = self.head(self._read(x))
-        if labels is None:
-            return logits
-        return logits, tl_align.transmix(labels, looks) if transmix else self._read(layers[-1])
+        if looks:
+            if self.pool != "cls":
+                raise ValueError('there is no class token to look: pool="avg" has none')
+            last = self.blocks[-1]
+            return logits, last.attn.class_attention(last.norm1(before))
+        return logits if labels is None else (logits, self._read(layers[-1]))
 
     def layer_labels(self, images, labels):
         """The labels after the embedding and after each block, for pictures and experiments: a list
@@ -158,41 +171,39 @@ class ViT(nn.Module):
         """What the head sees of tokens or labels (B, N, ...)."""
         return x[:, 0] if self.pool == "cls" else x.mean(1)
 
-    def _trunk(self, images, labels, transmix=False, rand=None):
-        self._check(images, labels, transmix)
-        x = rearrange(self.patch_embed(images), "b d h w -> b (h w) d")
-        y = None if transmix else labels  # TransMix has no use for labels that move
+    def _trunk(self, images, labels, rand=None, rows=None):
+        """Tokens at the end, labels after each block, and the tokens before the last block, which computes
+        nothing but the first rows of tokens: a class token is all that its head reads."""
+        self._check(images, labels)
+        x, y = rearrange(self.patch_embed(images), "b d h w -> b (h w) d"), labels
         if self.pool == "cls":
-            x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-            y = None if y is None else tl_align.add_class_token(y)
+            x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
+            y = y if y is None else tl_align.add_class_token(y)
         x = x + self.pos_embed
-        layers, looks = [y], None
+        layers = [y]
         for block, keep in zip(self.blocks, self._keep(images, rand)):
-            if transmix and block is self.blocks[-1]:
-                looks = block.attn.class_attention(block.norm1(x))
-            x, y = block(x, y, keep)
+            before = x
+            x, y = block(x, y, keep, rows if block is self.blocks[-1] else None)
             layers.append(y)
-        return self.norm(x), layers, looks
+        return self.norm(x), layers, before
 
     def _keep(self, images, rand):
-        """What drop path multiplies each block's two branches with: pairs of (B, 1, 1)."""
+        """What drop path multiplies each block's two branches with: 0 or 1 / (1 - rate), (B, 1, 1)."""
         if not self.training or self.drop_path == 0:
-            return [(None, None)] * self.depth
+            return [(1, 1)] * self.depth
         if rand is None:
-            rand = torch.rand(len(images), self.depth, 2, device=images.device)
+            rand = torch.rand(images.shape[0], self.depth, 2, device=images.device)
         rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
         return rearrange((rand >= rate) / (1 - rate), "b depth two -> depth two b 1 1")
 
-    def _check(self, images, labels, transmix):
+    def _check(self, images, labels):
         if images.shape[1:] != (3, self.img_size, self.img_size):
             expected = f"(B, 3, {self.img_size}, {self.img_size})"
             raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
-        tokens = (self.img_size // self.patch_size) ** 2
-        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (len(images), tokens)):
-            expected = f"({len(images)}, {tokens}, K), one row for each patch"
+        batch, tokens = images.shape[0], (self.img_size // self.patch_size) ** 2
+        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (batch, tokens)):
+            expected = f"({batch}, {tokens}, K), one row for each patch"
             raise ValueError(f"labels must be {expected}, got {tuple(labels.shape)}")
-        if transmix and self.pool != "cls":
-            raise ValueError('TransMix reads the class token\'s attention, and pool="avg" has none')
 
     def adapt(self, state):
         """A checkpoint of another image size, fitted to this model's: the position embedding is

@@ -6,26 +6,26 @@ quarter of the bytes to move. Everything else is regular and runs on the device 
     a file -> decode -> random resized crop -> uint8 (3, S, S)                a worker, per image
     uint8 (B, 3, S, S) -> flip -> RandAugment -> normalise -> erase           the device, per batch
 
-Sets of small images skip the first line: they are decoded once and live on the device whole, where a
-padded random crop stands in for the resized one.
-
-Every random number is drawn from a generator named by what it is for, so it depends on the seed, the
-step and the sample alone: not on workers or processes, not on the device, not on where a run was resumed.
+Sets of small images are decoded once and live on the device whole. Every random number comes from a generator
+named by what it is for: it depends on seed, step and sample, not on workers, processes, device or resuming.
 """
 
-import difflib
+import contextlib
 import functools
 import hashlib
 import itertools
 import math
+import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT and Swin use
@@ -33,8 +33,9 @@ SMALL = 64  # images up to this many pixels a side are small: held whole, augmen
 PART = 96  # images that a worker brings at a time: several workers then fill one batch
 
 
-class InputError(ValueError):
-    """What the user gave can't be used. The message is one line: what is wrong, what would be right."""
+class Ended(Exception):
+    """The run ends here, in one line: what is wrong, what was given, what would be right. A second argument
+    is the exit status, 2 if there is none: the user gave what can't be used."""
 
 
 def generator(*name):
@@ -55,13 +56,13 @@ def bring(x, device):
     return x.to(device, non_blocking=True)
 
 
-def did_you_mean(word, words):
-    near = difflib.get_close_matches(word, words)
-    return f", did you mean {' or '.join(near)}?" if near else ""
+def tell(line):
+    """Print a line. That nobody is there to read it is no reason to end a run."""
+    with contextlib.suppress(OSError, ValueError):
+        print(line, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Sets: anything whose [i] is a uint8 image (3, H, W) and the number of its class.
+# --- Sets: anything whose [i] is a uint8 image (3, H, W) and the number of its class.
 
 
 @dataclass
@@ -77,18 +78,11 @@ SHAPES = ["plain", "rows", "columns", "rising", "falling", "checks", "dots", "li
 
 
 def shapes(n, seed, size=32):
-    """Scenes drawn from the seed alone: one textured object on a cluttered ground.
-
-    The object's kind is its class; its colours, place and size are chance, and so is the ground. The
-    mask of the object is known, so it is known as well how much of it a CutMix image still shows.
-
-    Returns images (n, 3, size, size) uint8, classes (n,) and masks (n, size, size) bool.
-    """
+    """Scenes drawn from the seed alone: one textured object on a cluttered ground. Its texture is its class;
+    colours, place and size are chance. Its mask tells how much of it a CutMix image still shows.
+    Returns images (n, 3, size, size) uint8, classes (n,) and masks (n, size, size) bool."""
     g = generator(seed, "shapes", n, size)
-
-    def rand(*shape, low=0.0, high=1.0):
-        return low + (high - low) * torch.rand(n, *shape, generator=g)
-
+    rand = lambda *shape, low=0.0, high=1.0: low + (high - low) * torch.rand(n, *shape, generator=g)
     y, x = torch.meshgrid(torch.arange(size) + 0.5, torch.arange(size) + 0.5, indexing="ij")
     classes = torch.randint(len(SHAPES), (n,), generator=g)
 
@@ -106,124 +100,104 @@ def shapes(n, seed, size=32):
     distance = (dy**2 + dx**2).sqrt()
     square = torch.maximum(dy.abs(), dx.abs()) < 0.85 * radius
     masks = torch.where(rand(1, 1) < 0.5, square, distance < radius)
-    period = size / 6
-
-    def wave(t):
-        return (t / period + rand(1, 1)) % 1 < 0.5
-
+    wave = lambda t: (t / (size / 6) + rand(1, 1)) % 1 < 0.5
     rows, cols = wave(dy), wave(dx)
     textures = [torch.zeros_like(rows), rows, cols, wave(dx + dy), wave(dx - dy), rows ^ cols, rows & cols]
     textures += [wave(2 * dy), wave(2 * dx), wave(distance)]  # in the order of SHAPES
     texture = torch.stack(textures, dim=1)[torch.arange(n), classes][:, None]  # (n, 1, size, size)
     dark, light = rand(3, 1, 1, high=0.4), rand(3, 1, 1, low=0.6)
     images = torch.where(masks[:, None], torch.where(texture, dark, light), images)
-
-    images = images + 0.05 * torch.randn(images.shape, generator=g)
+    images += 0.05 * torch.randn(images.shape, generator=g)
     return (images.clamp(0, 1) * 255).to(torch.uint8), classes, masks
 
 
-# torchvision's sets: how many classes, what selects the part to train on and the part to validate on
-# (`train=` takes a bool, `split=` a word), and whether a mirrored image still shows its class.
-TORCHVISION = {
-    "CIFAR10": (10, True, False, True),
-    "CIFAR100": (100, True, False, True),
-    "MNIST": (10, True, False, False),
-    "KMNIST": (10, True, False, False),
-    "USPS": (10, True, False, False),
-    "FashionMNIST": (10, True, False, True),
-    "SVHN": (10, "train", "test", False),
-    "STL10": (10, "train", "test", True),
-    "GTSRB": (43, "train", "test", False),
-    "DTD": (47, "train", "test", True),
-    "Imagenette": (10, "train", "val", True),
-    "Flowers102": (102, "train", "test", True),
-    "Food101": (101, "train", "test", True),
-    "FGVCAircraft": (100, "trainval", "test", True),
-    "OxfordIIITPet": (37, "trainval", "test", True),
-    "StanfordCars": (196, "train", "test", True),
+# torchvision's sets: what selects the part to train on and the part to validate on.
+SPLITS = {
+    ("train", True, False): ["CIFAR10", "CIFAR100", "MNIST", "KMNIST", "USPS", "FashionMNIST"],
+    ("split", "train", "test"): ["SVHN", "STL10", "GTSRB", "DTD", "Flowers102", "Food101", "StanfordCars"],
+    ("split", "trainval", "test"): ["FGVCAircraft", "OxfordIIITPet"],
+    ("split", "train", "val"): ["Imagenette"],
 }
-NAMES = {name.lower(): name for name in TORCHVISION}
+NAMES = {name.lower(): (name, split) for split, names in SPLITS.items() for name in names}
+UNNAMED = {"SVHN": 10, "USPS": 10, "GTSRB": 43, "Flowers102": 102}  # classes of sets that don't name them
+ONE_WAY = {"MNIST", "KMNIST", "USPS", "SVHN", "GTSRB"}  # a mirrored image does not show its class any more
 
 
 def open_sets(name, root="data", seed=0):
-    """The sets that `--data` names: "shapes", one of `NAMES` (downloaded to `root` if it is not
-    there), or a folder with train/ and val/, each with a folder of images a class.
-
-    Returns Sets. Raises InputError for what is unknown, missing or doesn't fit together.
-    """
+    """The sets that `--data` names: "shapes", one of `NAMES` (downloaded to `root` if it is not there), or a
+    folder with train/ and val/. Raises Ended for what is unknown, missing or doesn't fit together."""
     if name == "shapes":
-        train, val = (shapes(n, s) for n, s in ((SHAPES_TRAIN, seed), (SHAPES_VAL, "val")))
-        return Sets(TensorDataset(*train[:2]), TensorDataset(*val[:2]), SHAPES, flip=False)
-    if name in NAMES:
-        count, *parts, flip = TORCHVISION[NAMES[name]]
-        make = functools.partial(getattr(torchvision.datasets, NAMES[name]), root, transform=to_rgb)
-        key = "train" if parts[0] is True else "split"
-        try:
-            try:  # what is there already; torchvision can no longer fetch all of its sets
-                train, val = (make(**{key: part}) for part in parts)
-            except (OSError, RuntimeError):  # OSError: USPS's way to say that it is not there
-                train, val = (make(**{key: part}, download=True) for part in parts)
-        except ImportError as e:
-            raise InputError(f"torchvision reads {name} with another package: {e}; install it first") from e
-        except (OSError, RuntimeError, ValueError) as e:
-            reason = str(e).split("\n")[0]
-            raise InputError(f"{name} is not in {root}/ and could not be fetched: {reason}") from e
-        return Sets(train, val, list(getattr(train, "classes", range(count))), flip)
-    return open_folder(Path(name))
+        train, val = (shapes(n, s)[:2] for n, s in ((SHAPES_TRAIN, seed), (SHAPES_VAL, "val")))
+        return Sets(TensorDataset(*train), TensorDataset(*val), SHAPES, flip=False)
+    if name not in NAMES:
+        return open_folder(Path(name))
+    kind, (key, *parts) = NAMES[name]
+    to_rgb = v2.Compose([v2.RGB(), v2.PILToTensor()])
+    make = functools.partial(getattr(torchvision.datasets, kind), root, transform=to_rgb)
+    try:
+        try:  # what is there already; torchvision can no longer fetch all of its sets
+            train, val = (make(**{key: part}) for part in parts)
+        except (OSError, RuntimeError):  # OSError: USPS's way to say that it is not there
+            train, val = (make(**{key: part}, download=True) for part in parts)
+    except ImportError as e:
+        raise Ended(f"torchvision reads {name} with another package: {e}; install it first") from e
+    except (OSError, RuntimeError, ValueError) as e:
+        raise Ended(f"{name} is not in {root}/ and could not be fetched: {str(e).splitlines()[0]}") from e
+    classes = [*range(UNNAMED[kind])] if kind in UNNAMED else train.classes
+    return Sets(train, val, classes, kind not in ONE_WAY)
 
 
 def open_folder(path):
-    if not path.is_dir():
-        sets = ["shapes", *NAMES]
-        hint = did_you_mean(str(path).lower(), sets) or f"; sets: {', '.join(sets)}"
-        raise InputError(f"no folder or set is called {str(path)!r}{hint}")
-    parts = path / "train", path / "val"
-    for part in parts:
-        if not part.is_dir():
-            needed = "train/ and val/, with a folder for each class"
-            raise InputError(f"{path} has no folder {part.name}/; it needs {needed}")
     try:
-        train, val = (torchvision.datasets.ImageFolder(part, loader=decode) for part in parts)
-    except FileNotFoundError as e:  # a class without images, or no class
-        raise InputError(str(e).split(" Supported")[0]) from e
-    odd = sorted(set(train.classes) ^ set(val.classes))
-    if odd:
-        part, other = ("train", "val") if odd[0] in train.classes else ("val", "train")
-        raise InputError(
-            f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks ({len(odd)} differ); "
-            "both must hold the same folders"
+        train, val = (Folder(path / part) for part in ("train", "val"))
+    except OSError as e:  # no such folder, none in it, or one without images
+        reason, needed = (
+            str(e).split("] ")[-1].split(" Supported")[0],
+            "with a folder of images for each class",
         )
+        raise Ended(
+            f"{reason}; --data takes a folder with train/ and val/, {needed}, or {', '.join(NAMES)}"
+        ) from e
+    if odd := sorted(set(train.classes) ^ set(val.classes)):
+        part, other = ("train", "val") if odd[0] in train.classes else ("val", "train")
+        raise Ended(f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks; {len(odd)} differ, none must")
     return Sets(train, val, train.classes)
+
+
+class Folder(torchvision.datasets.ImageFolder):
+    """A folder with a folder of images for each class. Its samples are one array: of a million Python objects
+    each worker would soon hold a copy of its own, for to read one is to write its reference count."""
+
+    def __init__(self, root):
+        super().__init__(root, loader=decode)
+        paths = [os.fsencode(path) for path, _ in self.samples]
+        self.samples = np.rec.fromarrays([paths, self.targets], names="path,target")
+        self.imgs = self.targets = None  # the same once more
 
 
 def decode(path):
     """A file's image as uint8 (3, H, W), whatever its extension says: JPEG (grayscale and CMYK too),
     PNG, WebP or GIF, turned as its EXIF tag says. Raises RuntimeError where it can't be read."""
-    image = torchvision.io.decode_image(path, mode="RGB", apply_exif_orientation=True)
+    image = torchvision.io.decode_image(os.fsdecode(path), mode="RGB", apply_exif_orientation=True)
     image = TF.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits a channel
     return image[0] if image.dim() == 4 else image  # the first frame of an animation
 
 
-def to_rgb(image):
-    return TF.pil_to_tensor(image.convert("RGB"))
-
-
 def native_size(dataset):
     """The side of the images in pixels if they are all small, else 224: eight are looked at."""
-    look = Crops(dataset, 224)
-    side = max(max(look.read(i * (len(dataset) - 1) // 7)[0].shape) for i in range(8))
+    look = Crops(Sets(dataset, dataset, []), 224)
+    side = max(max(look.read("train", i * (len(dataset) - 1) // 7)[0].shape) for i in range(8))
     return side if side <= SMALL else 224
 
 
-# ---------------------------------------------------------------------------------------------------
-# The workers' half: decode and crop.
+# --- The workers' half: decode and crop.
 
 
-def random_resized_crop(image, size, g):
-    """A box of 8 to 100 % of the image and 3/4 to 4/3 in shape, resized to (3, size, size)
-    (Szegedy et al. 2015, as torchvision's transform of that name draws it)."""
+def random_resized_crop(image, size, name):
+    """A box of 8 to 100 % of the image and 3/4 to 4/3 in shape, by the generator of that name, resized to
+    (3, size, size) (Szegedy et al. 2015, as torchvision's transform draws it)."""
     height, width = image.shape[-2:]
-    for area, shape, top, left in torch.rand(10, 4, generator=g).tolist():
+    for area, shape, top, left in uniform((10, 4), *name).tolist():
         area, ratio = height * width * (0.08 + 0.92 * area), (4 / 3) ** (2 * shape - 1)
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
@@ -238,135 +212,105 @@ def random_resized_crop(image, size, g):
 
 
 def center_crop(image, size):
-    """DeiT's evaluation crop: the shorter side to size / 0.875, bicubic, and the middle of that.
-    Of a small image the shorter side is kept whole, at size."""
+    """DeiT's evaluation crop: the shorter side to size / 0.875, of small images to size, and the middle."""
     short = size if size <= SMALL else int(size / 0.875)
     image = TF.resize(image, [short], TF.InterpolationMode.BICUBIC)
     return TF.center_crop(image, [size, size])
 
 
 class Crops(Dataset):
-    """What a worker runs. A key is (index, names): an image's number, and a generator's name for each
-    crop wanted of it, none for the evaluation crop. An item is crops, class, names and what failed to
-    decode."""
+    """What a worker runs. A key is (part, index, name): "train" or "val", an image's number in it, and the
+    name of a random crop's generator, or None for the evaluation crop. An item is the crop, its class, the
+    part, and what the image is called if it can't be decoded, else "": then the next one takes its place."""
 
-    def __init__(self, dataset, size):
-        self.dataset, self.size = dataset, size
+    def __init__(self, sets, size):
+        self.sets, self.size = sets, size
 
     def __getitem__(self, key):
-        return self.__getitems__([key])[0]
+        part, index, name = key
+        image, target, failed = self.read(part, index)
+        crop = random_resized_crop(image, self.size, name) if name else center_crop(image, self.size)
+        return crop.movedim(0, -1), target, part, failed  # as it lies in memory: batches are made faster so
 
-    def __getitems__(self, keys):
-        """The items of a list of keys. Eight images are decoded, then these eight are cropped: a core is
-        faster when it does one kind of work for a while."""
-        items = []
-        for start in range(0, len(keys), 8):
-            some = keys[start : start + 8]
-            decoded = [self.read(index) for index, _ in some]
-            for (_, names), (image, target, bad) in zip(some, decoded):
-                crops = [random_resized_crop(image, self.size, generator(*name)) for name in names]
-                items.append((crops or [center_crop(image, self.size)], int(target), names, bad))
-        return items
-
-    def read(self, index):
-        """The image, or the next one that can be read, its class and the names of those that failed; black
-        where more than one in a hundred do, which ends the run (see `Stream`)."""
-        n, bad = len(self.dataset), []
-        for i in range(index, index + n // 100 + 2):
+    @functools.lru_cache(2)  # repeated augmentation crops two images in turn
+    def read(self, part, index):
+        dataset, failed = getattr(self.sets, part), ""
+        for i in range(index, index + len(dataset) // 100 + 2):  # more failures end the run, see `Stream`
             try:
-                return *self.dataset[i % n], bad
+                image, target = dataset[i % len(dataset)]
+                return image, int(target), failed
             except (RuntimeError, OSError, ValueError):
-                samples = getattr(self.dataset, "samples", None)
-                bad.append(str(samples[i % n][0]) if samples else f"image {i % n}")
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, bad
-
-
-def collate(items):
-    """A batch of crops in the order of their places, whichever images they share, with their classes and
-    what failed to decode. Evaluation crops stay as they come. In memory channels are last, as in a crop:
-    to put them first costs less on the device."""
-    placed = [
-        (names[i][-1] if names else 0, crop, target)
-        for crops, target, names, _ in items
-        for i, crop in enumerate(crops)
-    ]
-    placed.sort(key=lambda entry: entry[0])
-    _, images, targets = zip(*placed)
-    images = torch.stack([crop.movedim(0, -1) for crop in images]).movedim(-1, 1)
-    return images, torch.tensor(targets), [name for item in items for name in item[3]]
+                files = getattr(dataset, "samples", None)
+                failed = failed or (os.fsdecode(files[i][0]) if files is not None else f"image {i} of {part}")
+        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, failed
 
 
 def epoch_order(n, seed, epoch, repeats=1):
-    """Which image stands at each of the n places of an epoch.
-
-    With repeated augmentation (Hoffer et al. 2020, arXiv 1901.09335) an epoch takes n / repeats of
-    the images, each `repeats` times at near places, so that one decode serves all its crops: a b a b
-    a b, c d c d c d. Neighbours, which mixing pairs, are always different images.
-    """
+    """Which image stands at each of the n places of an epoch. With repeated augmentation (Hoffer et al. 2020,
+    arXiv 1901.09335) it takes n / repeats of the images, each at near places, so that one decode serves all
+    its crops: a b a b a b, c d c d c d. Neighbours, which mixing pairs, are always different images."""
     place = torch.arange(n)
     image = place // (2 * repeats) * 2 + place % 2
     return torch.randperm(n, generator=generator(seed, "order", epoch))[image]
 
 
 class Stream:
-    """Batches of a set that is read from files: workers decode and crop, ahead of the device.
+    """The batches of a run over sets that are read from files: workers decode and crop, ahead of the device.
+    They are started once, with all that is left of the run to do, in its order: so the next epoch is
+    decoded while this one is evaluated. `epoch` and `whole` take turns, from any point of the run on.
+    s: the settings of the run. rows, share: slices, of which images of a batch and of the set to validate
+    on are this process's. What can't be decoded is named, kept in `bad` and replaced by the next image."""
 
-    batch_size: images a step, of all processes together. rows: which of them are this process's, from
-    and to. repeats: crops of an image in an epoch. Images that can't be decoded are named, replaced by
-    the next and counted in `bad`; InputError is raised when they are more than one in a hundred."""
-
-    def __init__(self, dataset, size, batch_size, rows=None, seed=0, device="cpu", workers=0, repeats=1):
-        self.dataset, self.size, self.batch_size, self.seed = dataset, size, batch_size, seed
-        self.first, self.end = rows or (0, batch_size)
-        self.device, self.workers, self.repeats = torch.device(device), workers, repeats
-        self.steps = len(dataset) // batch_size  # an epoch's; what doesn't fill a batch is left out
-        self.bad = set()
+    def __init__(self, sets, s, rows=slice(None), share=slice(None)):
+        self.sets, self.s, self.rows, self.share = sets, s, rows, share
+        self.steps = len(sets.train) // s.batch_size  # of an epoch; what doesn't fill a batch is left out
+        self.bad, self.parts = {"train": set(), "val": set()}, None
 
     def epoch(self, epoch, skip=0):
-        """Training batches from step `skip` on: (rows, 3, size, size) uint8 and (rows,), on the device."""
-        parts = self._load(self._keys(epoch, skip))
-        for _ in range(skip, self.steps):
-            images, targets = zip(*itertools.islice(parts, math.ceil((self.end - self.first) / PART)))
-            yield torch.cat(images), torch.cat(targets)
+        """Training batches from step `skip` on: (rows, 3, S, S) uint8 and (rows,), on the device."""
+        self.parts = self.parts or self.load(self.keys(epoch, skip))
+        count = math.ceil(len(range(self.s.batch_size)[self.rows]) / PART)
+        batches = (zip(*itertools.islice(self.parts, count)) for _ in range(skip, self.steps))
+        return ((torch.cat(images), torch.cat(targets)) for images, targets in batches)
 
-    def whole(self, first=0, every=1):
-        """Each image once, in order, as batches of evaluation crops; or every n-th from the first."""
-        keys = [(i, ()) for i in range(first, len(self.dataset), every)]
-        return self._load(keys[i : i + PART] for i in range(0, len(keys), PART))
+    def whole(self):
+        """This process's images to validate on, in order, as batches of evaluation crops."""
+        keys = [("val", i, None) for i in range(len(self.sets.val))[self.share]]
+        return itertools.islice(self.parts, math.ceil(len(keys) / PART)) if self.parts else self.load([keys])
 
-    def _keys(self, epoch, skip):
-        order = epoch_order(len(self.dataset), self.seed, epoch, self.repeats).tolist()
-        for start in range(skip * self.batch_size, self.steps * self.batch_size, self.batch_size):
-            rows = range(start + self.first, start + self.end)
-            for part in (rows[i : i + PART] for i in range(0, len(rows), PART)):
-                crops = {}  # of each image, the generator's name for each place it stands at
-                for place in part:
-                    crops.setdefault(order[place], []).append((self.seed, "crop", epoch, place))
-                yield list(crops.items())
+    def close(self):
+        """End the workers of a run that may not be over: they would not by SIGTERM, see `leave_signals`."""
+        if self.parts:
+            self.parts.close()
 
-    def _load(self, parts):
+    def keys(self, epoch, skip):
+        """Of each batch from this step of this epoch on, of all images to validate on, and so forth."""
+        n, s = self.s.batch_size, self.s
+        for epoch in range(epoch, s.epochs):
+            order = epoch_order(len(self.sets.train), s.seed, epoch, s.repeats)
+            for step in range(skip, self.steps):
+                places = range(step * n, (step + 1) * n)[self.rows]
+                yield [("train", order[place].item(), (s.seed, "crop", epoch, place)) for place in places]
+            yield [("val", i, None) for i in range(len(self.sets.val))[self.share]]
+            skip = 0
+
+    def load(self, keys):
+        """What lists of keys ask for, in parts: (n, 3, S, S) uint8 and (n,), on the device."""
         loader = DataLoader(
-            Crops(self.dataset, self.size),
-            batch_sampler=parts,
-            num_workers=self.workers,
-            collate_fn=collate,
-            pin_memory=self.device.type == "cuda",
+            Crops(self.sets, self.s.img_size),
+            batch_sampler=(some[i : i + PART] for some in keys for i in range(0, len(some), PART)),
+            num_workers=self.s.workers,
+            pin_memory=self.s.device == "cuda",
             worker_init_fn=leave_signals,
         )
-        for images, targets, bad in loader:
-            self._report(bad)
-            images = images.to(self.device, non_blocking=True).contiguous()  # channels first again
-            yield images, targets.to(self.device, non_blocking=True)
-
-    def _report(self, bad):
-        for name in sorted(set(bad) - self.bad):
-            print(f"cannot decode {name}: the next image takes its place", flush=True)
-        self.bad.update(bad)
-        if len(self.bad) > len(self.dataset) / 100:
-            raise InputError(
-                f"{len(self.bad)} of {len(self.dataset)} images cannot be decoded, more than "
-                f"one in a hundred; one is {min(self.bad)}"
-            )
+        for images, targets, parts, failed in loader:
+            for part, name in {(p, f) for p, f in zip(parts, failed) if f and f not in self.bad[p]}:
+                tell(f"cannot decode {name}: the next image takes its place")
+                self.bad[part].add(name)
+                if (count := len(self.bad[part])) > (n := len(getattr(self.sets, part))) / 100:
+                    raise Ended(f"{count} of {n} images cannot be decoded, more than one in a hundred")
+            images, targets = (t.to(self.s.device, non_blocking=True) for t in (images, targets))
+            yield images.movedim(-1, 1).contiguous(), targets
 
 
 def leave_signals(worker):
@@ -375,63 +319,54 @@ def leave_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-class Memory:
-    """The same batches of a set of small images, which is decoded once and held on the device.
-    A padded random crop (He et al. 2016) takes the place of the resized one."""
+class Memory(Stream):
+    """The same of small images, decoded once and held on the device, and padded before crops are drawn there
+    (He et al. 2016)."""
 
-    def __init__(self, stream):
-        self.stream, self.steps, self.bad = stream, stream.steps, stream.bad
-        images, targets = zip(*stream.whole())
-        self.images, self.targets = torch.cat(images), torch.cat(targets)
+    train = functools.cached_property(lambda self: self.decoded("train"))
+    val = functools.cached_property(lambda self: self.decoded("val"))
+
+    def decoded(self, part):
+        keys = [(part, i, None) for i in range(len(getattr(self.sets, part)))]
+        return [torch.cat(tensors) for tensors in zip(*self.load([keys]))]
 
     def epoch(self, epoch, skip=0):
-        s, n = self.stream, self.stream.batch_size
-        order = epoch_order(len(self.images), s.seed, epoch).to(s.device)
-        pad = s.size // 8
-        padded = F.pad(self.images, (pad, pad, pad, pad))
-        at = torch.arange(s.size, device=s.device)
+        (images, targets), s, n, pad = self.train, self.s, self.s.batch_size, self.s.img_size // 8
+        order = epoch_order(len(images), s.seed, epoch, s.repeats).to(s.device)
+        padded = F.pad(images, (pad, pad, pad, pad))
+        at = torch.arange(s.img_size, device=s.device)
         for step in range(skip, self.steps):
-            i = order[step * n + s.first : step * n + s.end]
-            corner = uniform((n, 2), s.seed, "crop", epoch, step)[s.first : s.end] * (2 * pad + 1)
-            rows, cols = (bring(corner, s.device).long()[:, :, None] + at).unbind(1)  # (rows, size)
+            i = order[step * n : (step + 1) * n][self.rows]
+            corner = uniform((n, 2), s.seed, "crop", epoch, step)[self.rows] * (2 * pad + 1)
+            rows, cols = (bring(corner, s.device).long()[:, :, None] + at).unbind(1)  # (rows, S)
             images = padded[i[:, None, None], :, rows[:, :, None], cols[:, None, :]]
-            yield images.permute(0, 3, 1, 2), self.targets[i]
+            yield images.permute(0, 3, 1, 2), targets[i]
 
-    def whole(self, first=0, every=1):
-        return zip(self.images[first::every].split(1000), self.targets[first::every].split(1000))
-
-
-def fits_memory(n, size):
-    """Whether n images of this side in pixels are held on the device: small ones, of 2 GiB at most."""
-    return size <= SMALL and n * 3 * size**2 <= 2**31
+    def whole(self):
+        return zip(*(t[self.share].split(1000) for t in self.val))
 
 
-def load(dataset, size, *args, **kwargs):
-    """A set's batches, as `Stream` or as `Memory`: whichever fits. Arguments as for `Stream`."""
-    stream = Stream(dataset, size, *args, **kwargs)
-    return Memory(stream) if fits_memory(len(dataset), size) else stream
+def batches(sets, s, *slices):
+    """`Memory` for a training set of small images, of 2 GiB at most, else `Stream`; arguments as there."""
+    held = s.img_size <= SMALL and 3 * s.img_size**2 * len(sets.train) <= 2**31
+    return (Memory if held else Stream)(sets, s, *slices)
 
 
-# ---------------------------------------------------------------------------------------------------
-# The device's half: whole batches, grouped by operation.
+# --- The device's half: whole batches, grouped by operation.
 
 
 def augment(images, rand, flip=True, full=True):
-    """From uint8 crops to the model's input.
-
-    images: (B, 3, S, S) uint8. rand: (B, 16), uniform, on the CPU: the sizes of the groups are counted
-    there, so that the device, which gets the same numbers, need not be waited for. flip: mirror half
-    of the images. full: RandAugment and erasing too. Returns (B, 3, S, S) float, normalised.
-    """
+    """From uint8 crops (B, 3, S, S) to the model's input, floats of the same shape.
+    rand: (B, 16), uniform, on the CPU: the sizes of groups are counted there, so that the device, which gets
+    the same numbers, need not be waited for. flip: mirror half of them. full: RandAugment and erasing."""
     r = bring(rand, images.device)
     if flip:
         images = torch.where(r[:, 0].view(-1, 1, 1, 1) < 0.5, images.flip(-1), images)
     if full:
         for k in (slice(1, 5), slice(5, 9)):
-            counts = operation(rand[:, k]).bincount(minlength=len(RAND_AUGMENT) + 1)
-            images = rand_augment(images, r[:, k], counts.tolist())
+            images = rand_augment(images, rand[:, k], r[:, k])
     images = normalize(images)
-    return random_erase(images, r[:, 9:], int((rand[:, 9] < ERASED).sum())) if full else images
+    return random_erase(images, rand[:, 9:], r[:, 9:]) if full else images
 
 
 @functools.cache
@@ -442,8 +377,7 @@ def channels(device):
 
 @functools.cache
 def noise_field(side, device):
-    """One field of normal noise (3, side, side) that erasing rolls by chance for each image: a draw a
-    pixel would depend on the device."""
+    """Normal noise (3, side, side) that erasing rolls: a draw a pixel would depend on the device."""
     return torch.randn(3, side, side, generator=generator("erase")).to(device)
 
 
@@ -460,10 +394,9 @@ def blend(images, other, strength):
 
 def smooth(images):
     """PIL's smoothing filter: each pixel five times and its eight neighbours once; the border stays."""
-    inner = images[..., 1:-1, 1:-1].float()
-    images = images.clone()
-    images[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(images.float(), 3, 1) + 4 * inner) / 13).round()
-    return images
+    smoothed, inner = images.clone(), images[..., 1:-1, 1:-1].float()
+    smoothed[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(images.float(), 3, 1) + 4 * inner) / 13).round()
+    return smoothed
 
 
 def warp(images, s, a, b, tx, c, d, ty):
@@ -498,42 +431,30 @@ RAND_AUGMENT = [
 ]
 
 
-def operation(rand):
-    """Which of the operations each image gets: every second image one of them, the others none."""
+def rand_augment(images, rand, r):
+    """One of the two operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719) that DeiT applies, each
+    to half of the images, at magnitude 9 of 10 with a deviation of 0.5.
+    images: (B, 3, S, S) uint8. rand, r: (B, 4), uniform, the same numbers on the CPU and where images are."""
     none = len(RAND_AUGMENT)
-    return (rand[:, 0] * none).long().masked_fill(rand[:, 1] < 0.5, none)
-
-
-def rand_augment(images, rand, counts):
-    """One of the two operations of RandAugment (Cubuk et al. 2020, arXiv 1909.13719) that DeiT applies,
-    each to half of the images, at magnitude 9 of 10 with a deviation of 0.5.
-
-    images: (B, 3, S, S) uint8. rand: (B, 4), uniform, where the images are. counts: how many images
-    get each operation. Returns the shape of images.
-    """
-    m = 0.9 + 0.05 * math.sqrt(2) * torch.erfinv(2 * rand[:, 2].clamp(1e-6, 1 - 1e-6) - 1)
+    which, counted = ((t[:, 0] * none).long().masked_fill(t[:, 1] < 0.5, none) for t in (r, rand))
+    m = 0.9 + 0.05 * math.sqrt(2) * torch.erfinv(2 * r[:, 2].clamp(1e-6, 1 - 1e-6) - 1)
     m = m.clamp(0, 1).view(-1, 1, 1, 1)
-    s = torch.where(rand[:, 3].view(-1, 1, 1, 1) < 0.5, m, -m)
-    images, by_operation = images.clone(), operation(rand).argsort(stable=True)
-    for apply, i in zip(RAND_AUGMENT, by_operation.split(counts)):
+    s = torch.where(r[:, 3].view(-1, 1, 1, 1) < 0.5, m, -m)
+    groups = which.argsort(stable=True).split(counted.bincount(minlength=none + 1).tolist())
+    images = images.clone()
+    for apply, i in zip(RAND_AUGMENT, groups):
         if len(i):
             images[i] = apply(images[i], m[i], s[i])
     return images
 
 
-ERASED = 0.25  # of the images
-
-
-def random_erase(images, rand, count):
-    """Fill a box with noise in a quarter of the images (Zhong et al. 2020, arXiv 1708.04896), as DeiT
-    does: 2 to 33 % of the area, 0.3 to 3.3 in shape, normal noise for each pixel.
-
-    images: (B, 3, S, S), normalised. rand: (B, 7), uniform, where the images are. count: how many of
-    its first column are below a quarter. Returns the shape of images.
-    """
-    i = (rand[:, 0] >= ERASED).int().argsort(stable=True)[:count]
-    side = images.shape[-1]
-    area, shape, top, left, dy, dx = rand[i, 1:].unbind(1)
+def random_erase(images, rand, r):
+    """Fill a box with noise in a quarter of the images (Zhong et al. 2020, arXiv 1708.04896), as DeiT does:
+    2 to 33 % of the area, 0.3 to 3.3 in shape, normal noise for each pixel.
+    images: (B, 3, S, S), normalised. rand, r: (B, 7), as for `rand_augment`."""
+    side, count = images.shape[-1], int((rand[:, 0] < 0.25).sum())
+    i = (r[:, 0] >= 0.25).int().argsort(stable=True)[:count]
+    area, shape, top, left, dy, dx = r[i, 1:].unbind(1)
     area, ratio = 0.02 + area * (1 / 3 - 0.02), 0.3 ** (2 * shape - 1)
     at = torch.arange(side, device=images.device)
     within, rolled = [], []
@@ -543,8 +464,7 @@ def random_erase(images, rand, count):
         within.append((at >= start) & (at < start + length[:, None]))  # (erased, side)
         rolled.append(((shift * side).long()[:, None] + at) % side)
     (rows, cols), (y, x) = within, rolled
-    box = rows[:, None, :, None] & cols[:, None, None, :]
     noise = noise_field(side, images.device)[:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
     images = images.clone()
-    images[i] = torch.where(box, noise.transpose(0, 1), images[i])
+    images[i] = torch.where(rows[:, None, :, None] & cols[:, None, None, :], noise.transpose(0, 1), images[i])
     return images

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
-import train as script
+import train as train_script
 
 
 def pytest_addoption(parser):
@@ -34,31 +34,36 @@ def folder(tmp_path):
 def train(tmp_path, monkeypatch, capsys):
     """Run train.py in a folder of its own: train("--epochs", 1, ...) gives exit status and output."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for models this small, two that wait for each other are slower than one
 
     def run(*args):
         status = 0
         try:
-            script.main(args)
+            train_script.main(args)
         except SystemExit as end:
             status = end.code
         return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
 
-    return run
+    yield run
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
 def start(tmp_path):
     """Start train.py as a command, of one process or under torchrun of several, each with one thread:
-    start(2, "--epochs", 1, ...) gives the running Popen. Its output is in `log`, a path."""
+    start(2, "--epochs", 1, ...) gives the running Popen. Its output is in `log`, a path. script: what to
+    start instead of train.py."""
     launcher = ["-m", "torch.distributed.run", "--standalone"]
     started = []
 
-    def start(processes, *args, env=None, restarts=0):
+    def start(processes, *args, env=None, restarts=0, script=train_script.__file__):
         before = [*launcher, f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        command = [sys.executable, *(before if processes > 1 else []), Path(script.__file__).resolve()]
+        command = [sys.executable, *(before if processes > 1 else []), Path(script).resolve()]
         log = tmp_path / f"log{len(started)}"
         one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
+        one_thread["PYTHONPATH"] = str(Path(train_script.__file__).parent)
         process = subprocess.Popen(
             [*command, *map(str, args)],
             cwd=tmp_path,

@@ -1,36 +1,39 @@
-"""What alignment costs in a training step, beside the area target and beside dense class labels.
+"""How fast a training step is, and what alignment costs in it, beside the area target and dense labels.
 
     python experiments/cost.py                    # DeiT-S and Swin-T at 224 px, some minutes on a CPU
     python experiments/cost.py --full             # all models, sizes and forms: for a GPU
     python experiments/cost.py --models deit_base --sizes 384 --forms fused --ways area aligned --rounds 40
+
+Other flags are those of train.py, such as --batch-size, --device and --no-compile.
 
 Four ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
 labels as this project moves them, one share a token, the same with residuals weighed by norm
 (`--residual norm`), and dense labels, (B, N, 1000), as the authors' code does. A ratio is taken within a
 round, so that a machine that is busy slows both; the table has the median of the rounds and half of its 95 %
 interval, by bootstrap. "area" is the step with the area target beside that of the first form; "aligned",
-"norm" and "dense" are beside the area of their own form. Forms:
+"norm" and "dense" are beside the area of their own form. TFLOP/s are those of the area step, three times its
+forward pass; in brackets as a share of what a large matrix product reaches, timed in turn as well. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
     narrow     the same with labels padded to 8 numbers, where `fused` pads them to the width of a head
     flex       the same by flex_attention, with labels padded to 16 numbers
     channels   labels as eight further channels of the values, in the one call (ViT only)
-    timm       timm's model of that name in the same loop, with the area target: the rate to beat. It
-               needs the package timm, which nothing else here does
+    timm       timm's model of that name, if the package is there, with the area target: the rate to beat
 
 Models are compiled on CUDA, as in training, and not on a CPU, or as --compile says; flex attention always is.
-What theory gives stands beside: the labels' own arithmetic as a share of the model's (three times its forward
-pass). With N tokens, h heads of d channels and K numbers a label, a layer and image takes
+What theory gives stands beside: the labels' own arithmetic as a share of the model's. With N tokens, h heads
+of d channels and K numbers a label, a layer and image takes
 
     explicit   h N² + 2 N² K      the mean over heads, and A @ Y
     others     2 h N² (d + w)     the scores again, and values w wide: K, padded as said above
 
-and no more memory than a few N x N matrices, for nothing of it is kept for the backward pass.
+with N for N² in a ViT's last layer, which computes the class token alone, and no more memory than a few N x N
+matrices, for nothing of it is kept for the backward pass.
 """
 
 import argparse
-import dataclasses
+import itertools
 import json
 import math
 import os
@@ -51,19 +54,22 @@ from torch.nn.attention.flex_attention import flex_attention
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-import swin  # noqa: E402
-import tl_align  # noqa: E402
-import train as script  # noqa: E402
-import vit  # noqa: E402
+import runs
+import swin  # these three on the path that `runs` has set
+import tl_align
+import vit
+from runs import data, script
 
 CLASSES = 1000
+HEAD = """\
+| model | px | attention | area: images/s | TFLOP/s (share) | time: area | aligned | norm | dense \
+| area: peak GiB | memory: aligned | norm | dense | arithmetic: aligned | dense |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def dense_loss(model, images, targets, rand, s):
     """`train.loss_of` with class labels at every token and a soft target."""
-    drop = rearrange(rand[:, 3:], "b (depth two) -> b depth two", two=2)
+    drop = rand[:, 3:].unflatten(1, (-1, 2))
     mask = tl_align.cutmix_mask(rand[:, :3], images.shape[-2:], s.patch_size)
     one_hot = F.one_hot(targets, CLASSES).float()[:, None]
     labels = torch.lerp(one_hot, tl_align.partner(one_hot), tl_align.token_labels(mask, s.patch_size))
@@ -101,6 +107,7 @@ def align_by(attend, width):
         y = F.pad(labels, (0, width(q.shape[-1], n) - n)).to(q.dtype)
         y = y.reshape(len(y), windows, 1, *y.shape[-2:]).repeat(1, 1, heads, 1, 1).flatten(1, 2)
         moved = attend(q.detach(), k.detach(), y, bias)[..., :n].unflatten(1, (windows, heads))
+        labels = labels[..., : q.shape[-2], :]
         return (labels + moved.mean(2, dtype=labels.dtype).reshape(labels.shape)) / 2
 
     return align
@@ -119,9 +126,9 @@ ALIGN = {
 }
 
 
-def channels(self, x, labels=None):
+def channels(self, x, labels=None, rows=None):
     """`vit.Attention.forward` with labels as further channels of the values."""
-    q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+    q, k, v = self.project(x, rows)
     scale, d = q.shape[-1] ** -0.5, q.shape[-1]
     if labels is not None:
         wide = WIDTHS["channels"](d, labels.shape[-1])
@@ -130,7 +137,7 @@ def channels(self, x, labels=None):
     x = F.scaled_dot_product_attention(q, k, v, scale=scale)
     if labels is not None:
         moved = x[..., d : d + labels.shape[-1]].detach().mean(1, dtype=labels.dtype)
-        labels = (labels + moved) / 2
+        labels = (labels[:, :rows] + moved) / 2
     return self.proj(rearrange(x[..., :d], "b h n d -> b n (h d)")), labels
 
 
@@ -167,14 +174,14 @@ def trainer_of(s, form):
 # What is measured.
 
 
-def theory(s, form, k):
-    """Arithmetic of labels of k numbers as a share of the model's, forward and backward."""
+def arithmetic(s, form, k):
+    """Operations for an image: the model's, forward and backward, and the labels', of k numbers."""
     total = 0
 
-    def count(module, args):
+    def count(module, args, output):
         nonlocal total
         *_, windows, n, dim = (1, *args[0].shape[1:])
-        pairs, h = windows * n**2, module.heads
+        pairs, h = windows * n * output[0].shape[-2], module.heads
         width = WIDTHS[form] and WIDTHS[form](dim // h, k)
         total += 2 * h * pairs * (dim // h + width) if width else pairs * (h + 2 * k)
 
@@ -182,9 +189,9 @@ def theory(s, form, k):
         model = script.build(s, CLASSES)
         for module in model.modules():
             if isinstance(module, (vit.Attention, swin.WindowAttention)):
-                module.register_forward_pre_hook(count)
+                module.register_forward_hook(count)
         model(torch.empty(1, 3, s.img_size, s.img_size))
-    return total / (3 * counter.get_total_flops())
+    return 3 * counter.get_total_flops(), total
 
 
 def peak_memory(step, trainer):
@@ -215,96 +222,93 @@ def interval(ratios):
     return f"{middle} ± {(high - low) / 2:.3f}"
 
 
-def measure(name, size, forms, args):
-    """The rows of the table for one model and size."""
-    s = script.Settings(model=name, img_size=size, batch_size=args.batch_size, device=args.device)
-    s = dataclasses.replace(s, data="noise", bf16=args.bf16, compile=args.compile, augment="light")
-    s = script.recipe(s, 224, 1_281_167)
-    images = torch.randint(256, (s.batch_size, 3, size, size), dtype=torch.uint8, device=s.device)
+def settings(name, size, more):
+    """Those of a model and a size of images. more: flags of train.py."""
+    s = script.parse(["--augment=light", *more, "--data=noise", f"--model={name}", f"--img-size={size}"])
+    vars(s).setdefault("batch_size", 256 if s.device == "cuda" else 8)
+    script.check(script.recipe(s, size, 1_281_167), 1_281_167, 1)
+    return s
+
+
+def measure(s, args):
+    """The rows of the table for the model and the size of these settings."""
+    forms = [f for f in args.forms if f != "channels" or not s.model.startswith("swin")]
+    images = torch.randint(256, (s.batch_size, 3, s.img_size, s.img_size), dtype=torch.uint8, device=s.device)
     labels = torch.randint(CLASSES, (s.batch_size,), device=s.device)
     torch._dynamo.reset()
     trainers = {form: trainer_of(s, form) for form in forms}
+    side, most, wait = (8192, 10, torch.cuda.synchronize) if s.device == "cuda" else (2048, 1, lambda: None)
+    repeat = args.steps or most
+    matrix = torch.randn(side, side, device=s.device, dtype=torch.bfloat16 if s.bf16 else torch.float32)
 
     def step(form, way):
         trainer = trainers[form]
-        trainer.loss, targets, residual = WAYS[way]
-        trainer.s = dataclasses.replace(s, targets=targets)
-        for block in trainer.raw.modules():
-            if isinstance(block, (vit.Block, swin.Block)):
-                block.residual = residual
+        trainer.loss, s.targets, residual = WAYS[way]
+        for block in (b for b in trainer.raw.modules() if hasattr(b, "residual")):
+            block.residual = residual
         with mock.patch.object(tl_align, "align_fused", ALIGN.get(form, tl_align.align_fused)):
             trainer.step(images, labels, 0, 1000)
 
-    def seconds(form, way):
-        step(form, way)  # not timed: finds memory as the way before it left it
-        if s.device == "cuda":
-            torch.cuda.synchronize()
+    def seconds(action, *which):
+        action(*which)  # not timed: finds memory as the way before it left it
+        wait()
         began = time.perf_counter()
-        for _ in range(args.steps):
-            step(form, way)
-        if s.device == "cuda":
-            torch.cuda.synchronize()
-        return (time.perf_counter() - began) / args.steps
+        for _ in range(repeat):
+            action(*which)
+        wait()
+        return (time.perf_counter() - began) / repeat
 
-    ways = {form: ["area"] if form == "timm" else args.ways for form in forms}
-    times = {(form, way): [] for form in forms for way in ways[form]}
-    memory = {}
+    times = {(f, way): [] for f in forms for way in args.ways if f != "timm" or way == "area"}
+    memory, products = {}, []
     for form, way in times:
         try:
             step(form, way)  # compiles, and makes the moments
             memory[form, way] = peak_memory(lambda: step(form, way), trainers[form])
         except RuntimeError as e:  # out of memory, or a kernel that is not made for these sizes
-            print(f"{name}, {size} px, {form}, {way}: {' '.join(str(e).split())[:200]}", file=sys.stderr)
+            reason = " ".join(str(e).split())[:200]
+            print(f"{s.model}, {s.img_size} px, {form}, {way}: {reason}", file=sys.stderr)
             trainers[form].optimizer.zero_grad()
     for round in range(args.rounds):
         for which in list(memory)[:: -1 if round % 2 else 1]:
-            times[which].append(seconds(*which))
+            times[which].append(seconds(step, *which))
+        products.append(2 * side**3 / seconds(lambda: matrix @ matrix))
 
     def cell(of, *which):
         fits = all(w in memory for w in which)
         return of(*which) if fits else "" if which[0] not in times else "failed"
 
-    def time_of(which, area):
-        return interval([a / b for a, b in zip(times[which], times[area])])
+    time_of = lambda which, area: interval([a / b for a, b in zip(times[which], times[area])])
+
+    def rate_of(area):
+        rates = [whole * s.batch_size / t for t in times[area]]
+        share = statistics.median(a / b for a, b in zip(rates, products))
+        return f"{statistics.median(rates) / 1e12:.2f} ({share:.0%})"
 
     for form in forms:
         area, others = (form, "area"), [(form, way) for way in WAYS if way != "area"]
-        cells = [name, size, form]
+        (whole, aligned), (_, dense) = (arithmetic(s, form, k) for k in (1, CLASSES))
+        cells = [s.model, s.img_size, form]
         cells += [cell(lambda a: f"{s.batch_size / statistics.median(times[a]):.1f}", area)]
+        cells += ["" if form == "timm" else cell(rate_of, area)]  # of our model, that is
         cells += [cell(time_of, area, (forms[0], "area"))]
         cells += [cell(time_of, which, area) for which in others]
         cells += [cell(lambda a: f"{memory[a] / 2**30:.2f}", area)]
         cells += [cell(lambda w, a: f"{memory[w] / memory[a]:.3f}", which, area) for which in others]
-        cells += ["" if form == "timm" else f"{100 * theory(s, form, k):.2f} %" for k in (1, CLASSES)]
+        cells += ["" if form == "timm" else f"{100 * part / whole:.2f} %" for part in (aligned, dense)]
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
-HEAD = """\
-| model | px | attention | area: images/s | time: area | aligned | norm | dense | area: peak GiB \
-| memory: aligned | norm | dense | arithmetic: aligned | dense |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--full", action="store_true", help="all models, sizes and forms")
     parser.add_argument("--models", nargs="+", default=["deit_small", "swin_tiny"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--forms", nargs="+", default=["explicit", "fused"], choices=WIDTHS)
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)
-    parser.add_argument("--batch-size", type=int, help="images a step [8 on the CPU, 256 on CUDA]")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="steps timed together [1 on the CPU, 10 on CUDA]")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, help="[on CUDA]")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="[on CUDA]")
     parser.add_argument("--out", type=Path, default=Path("runs/cost"))
-    args = parser.parse_args()
-    cuda = args.device == "cuda"
-    args.batch_size = args.batch_size or (256 if cuda else 8)
-    args.steps = args.steps or (10 if cuda else 1)
-    args.bf16 = cuda if args.bf16 is None else args.bf16
-    args.compile = cuda if args.compile is None else args.compile
+    args, more = parser.parse_known_args()
     if args.full:
         args.models = ["deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small"]
         args.sizes, args.forms = [224, 384], [f for f in WIDTHS if f != "timm" or find_spec("timm")]
@@ -312,18 +316,14 @@ def main():
     torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own,
     torch._dynamo.config.automatic_dynamic_shapes = False  # with shapes that are known
 
+    every = [settings(name, size, more) for name, size in itertools.product(args.models, args.sizes)]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "cost.md").open("w", buffering=1) as table:
-        print(HEAD, file=table)
-        print(HEAD, flush=True)
-        for name in args.models:
-            for size in args.sizes:
-                forms = [f for f in args.forms if f != "channels" or name.startswith("deit")]
-                for row in measure(name, size, forms, args):
-                    print(row, file=table)
-                    print(row, flush=True)
-    print(f"\nthe same in {args.out}/cost.md; batch {args.batch_size}, torch {torch.__version__}")
+        for row in itertools.chain([HEAD], *(measure(s, args) for s in every)):
+            print(row, file=table)
+            print(row, flush=True)
+    print(f"\nthe same in {args.out}/cost.md; batch {every[0].batch_size}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":
-    main()
+    runs.run(main, "")

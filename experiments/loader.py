@@ -66,15 +66,16 @@ def main():
             draw_photos(Path(drawn), min(args.images, 64))
         folder = args.folder or drawn
         theirs = datasets.ImageFolder(folder, reference(args.size))
-        files = datasets.ImageFolder(folder, loader=data.decode)
-        crops = data.Crops(files, args.size)
+        files = data.Folder(folder)
+        crops = data.Crops(data.Sets(files, files, files.classes), args.size)
         chosen = torch.linspace(0, len(files) - 1, min(args.images, len(files))).long().tolist()
 
         def batches(repeats):
-            """As `data.Stream` has a worker make them: crops of an image share its decode."""
-            keys = [(i, [(i, k, n * repeats + k) for k in range(repeats)]) for n, i in enumerate(chosen)]
-            parts = [keys[i : i + data.PART // repeats] for i in range(0, len(keys), data.PART // repeats)]
-            return DataLoader(crops, batch_sampler=parts, collate_fn=data.collate)
+            """As `data.Stream` has a worker make them, images in the order of `data.epoch_order`."""
+            order = [i for pair in zip(chosen[::2], chosen[1::2]) for i in pair * repeats]
+            keys = [("train", i, ("crop", place)) for place, i in enumerate(order)]
+            parts = [keys[i : i + data.PART] for i in range(0, len(keys), data.PART)]
+            return DataLoader(crops, batch_sampler=parts)
 
         ways = {
             "torchvision's chain": DataLoader(Subset(theirs, chosen), data.PART),
@@ -103,7 +104,7 @@ def main():
 
         rows = []
         for i in chosen[:: max(1, len(chosen) // 8)][:8]:
-            crop = crops[i, [("picture", i)]][0][0]
+            crop = crops["train", i, ("picture", i)][0].movedim(-1, 0)
             many = crop.expand(9, -1, -1, -1)
             augmented = data.augment(many, data.uniform((9, 16), "picture", i))
             mean, std = data.channels(augmented.device)

@@ -39,10 +39,11 @@ SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
 RULES = {"TL-Align": "half", "TL-Align, norm": "norm"}
 
 
-def mixes(part, s, n):
+def mixes(sets, s, n):
     """n validation images, and the masks that mix them: (n, 3, S, S) normalised and (n, 1, S, S)."""
-    crops = data.Crops(part, s.img_size)
-    images = data.normalize(torch.stack([crops[i, ()][0][0] for i in range(n)]))
+    crops = data.Crops(sets, s.img_size)
+    images = torch.stack([crops["val", i, None][0] for i in range(n)])
+    images = data.normalize(images.movedim(-1, 1).contiguous())
     rand = data.uniform((n, 3), "mixing ratio")
     return images, tl_align.cutmix_mask(rand, images.shape[-2:], s.patch_size)
 
@@ -86,7 +87,7 @@ def look(model, images, mask, s):
         labels = tl_align.token_labels(m, s.patch_size)
         found = {("area", ""): labels.mean((1, 2))}
         if not s.model.startswith("swin"):
-            found["TransMix", ""] = model(x, labels, transmix=True)[1][:, 0]
+            found["TransMix", ""] = tl_align.transmix(labels, model(x, looks=True)[1])[:, 0]
         for method, rule in RULES.items():
             for block in (b for b in model.modules() if hasattr(b, "residual")):
                 block.residual = rule
@@ -149,7 +150,7 @@ def main():
 
     last, layers, panels = [], [], []
     for (model, trained), seeds in trained_by.items():
-        images, mask = mixes(sets.val, seeds[0], n)
+        images, mask = mixes(sets, seeds[0], n)
         looks = [look(runs.model_of(s, sets), images, mask, s) for s in seeds]
         truths = {"influence": torch.stack([true for _, true, _ in looks])}
         if args.data == "shapes":

@@ -171,15 +171,15 @@ def calibration_error(logits, targets):
 
 
 def batches(part, s):
-    for images, targets in data.Stream(part, s.img_size, 2, device=s.device, workers=s.workers).whole():
+    for images, targets in data.Stream(data.Sets(part, part, []), s).whole():
         yield images / 255, targets
 
 
 def sets_below(folder, classes):
-    """The folder itself, or those below it, that hold folders named by classes. Raises InputError."""
+    """The folder itself, or those below it, that hold folders named by classes. Raises Ended."""
     found = sorted({path.parent for path in Path(folder).rglob("*/") if path.name in classes})
     if not found:
-        raise script.InputError(f"{folder} has no folders named by the classes, such as {classes[0]!r}")
+        raise data.Ended(f"{folder} has no folders named by the classes, such as {classes[0]!r}")
     return found
 
 
@@ -233,8 +233,7 @@ def measure(s, sets, folders):
     found["calibration error"] = calibration_error(*(torch.cat(parts) for parts in zip(*answers)))
     with torch.no_grad():
         found |= {Path(folder).name: top1_of_folder(model, folder, sets.classes, s) for folder in folders}
-    kept = json.dumps({"of": [s.data, n, folders], "found": found}).encode()
-    script.write_beside(record(s), lambda file: file.write(kept))
+    script.write_beside(record(s), json.dumps({"of": [s.data, n, folders], "found": found}).encode())
 
 
 def measured(s, sets, folders):

@@ -6,12 +6,13 @@ that is done is not done again, by whichever experiment, and one that was stoppe
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from html import escape
@@ -83,7 +84,7 @@ def parsed(parser, **full):
         parser.set_defaults(data="cifar10", models=["deit_tiny", "swin_5m"], images=0, val_images=0)
         parser.set_defaults(epochs=100, batch_size=128, seeds=5, **full)
         args = parser.parse_args()
-    args.jobs = args.jobs or (5 if args.device.startswith("cuda") else script.cpus())
+    args.jobs = args.jobs or (5 if args.device == "cuda" else script.CPUS)
     return args
 
 
@@ -98,10 +99,18 @@ def open_part(args, classes=None, images=None):
     ):
         order = torch.randperm(len(part), generator=data.generator("chosen", name)).tolist()
         if len(classes) < len(sets.classes):
-            targets = part.tensors[1].tolist() if isinstance(part, TensorDataset) else part.targets
-            order = [i for i in order if targets[i] in classes]
+            numbers = classes_of(part)
+            order = [i for i in order if int(numbers[i]) in classes]
         parts.append(Part(part, order[: most or None], classes.start))
     return data.Sets(*parts, [sets.classes[i] for i in classes], sets.flip)
+
+
+def classes_of(part):
+    """The number of each image's class, in order. A set that does not list them is read for it."""
+    if isinstance(part, TensorDataset):
+        return part.tensors[1]
+    listed = part.samples.target if isinstance(part, data.Folder) else getattr(part, "targets", None)
+    return [part[i][1] for i in range(len(part))] if listed is None else listed
 
 
 class Part(Dataset):
@@ -123,11 +132,11 @@ def settings(args, sets, model, method, seed, name="", **more):
     side, epochs = data.native_size(sets.train), more.get("epochs", args.epochs)
     folder = f"{Path(args.data).name}{name}-{len(sets.train)}x{epochs}-val{len(sets.val)}"
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
-    more = {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **more}
-    s = script.Settings(data=args.data, model=model, seed=seed, device=args.device, bf16=True, **more)
-    if side <= data.SMALL:
-        s = dataclasses.replace(s, batch_size=args.batch_size, workers=0)
-    s = script.recipe(s, side, len(sets.train))
+    s = script.parse(["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device])
+    small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
+    more = {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **small, **more}
+    vars(s).update(bf16=True, **more)
+    script.recipe(s, side, len(sets.train))
     script.check(s, len(sets.train), 1)
     return s
 
@@ -157,10 +166,9 @@ def side_by_side(function, todo, args, of, result):
     """Call function(s, ...) for each tuple of todo, in processes; say each as it ends, with its result(s).
     of: how many there are with those that are done."""
     print(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs} side by side", flush=True)
-    began, threads = time.perf_counter(), max(1, script.cpus() // args.jobs)
-    with ProcessPoolExecutor(
-        args.jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (threads,)
-    ) as pool:
+    began, threads = time.perf_counter(), max(1, script.CPUS // args.jobs)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.jobs, spawn, begin_process, (threads,)) as pool:
         futures = {pool.submit(function, *run): run[0] for run in todo}
         try:
             for count, future in enumerate(as_completed(futures), 1):
@@ -175,15 +183,28 @@ def side_by_side(function, todo, args, of, result):
             raise
 
 
-def run(main):
+def begin_process(threads):
+    """What a process of the pool does first. It ends with the one that started it, even if that was killed
+    and had no time to say so: else it would train on, and the same command would train beside it."""
+
+    def end_with_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    torch.set_num_threads(threads)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def run(main, and_then="; the same command goes on from what is done"):
     """Run an experiment, and say in one line why it ended if it did not get to its end."""
     try:
         main()
-    except (KeyboardInterrupt, script.Ended) as e:
-        sys.exit(f"{e.args[0] if e.args else 'stopped'}; the same command goes on from what is done")
-    except script.InputError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped{and_then}")
+    except data.Ended as e:
+        line, status = (*e.args, 2)[:2]
+        print(line if status > 128 else f"error: {line}", file=sys.stderr)
+        sys.exit(status)
 
 
 def model_of(s, sets):

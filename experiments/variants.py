@@ -39,7 +39,7 @@ def three_images(model, images, s):
     mixed, owners, labels, mean = (t.to(s.device) for t in (mixed, owners, labels, mean))
     said = {"area": labels.mean(1)}
     if not s.model.startswith("swin"):
-        said["TransMix"] = model(mixed, labels, transmix=True)[1]
+        said["TransMix"] = tl_align.transmix(labels, model(mixed, looks=True)[1])
     for method, residual in mixing_ratio.RULES.items():
         rule(model, residual)
         said[method] = model(mixed, labels)[1]
@@ -49,8 +49,9 @@ def three_images(model, images, s):
 
 def stay(block, args, output):
     """A hook on a block: labels stay where the attention is dropped."""
-    _, labels, keep = args
-    return output[0], torch.where(keep[0] > 0, output[1], labels)
+    _, labels, keep, *_ = args
+    x, aligned = output  # a ViT's last block gives its first row alone
+    return x, torch.where(keep[0] > 0, aligned, labels[:, : aligned.shape[1]])
 
 
 def drop_path(model, images, s):
@@ -94,7 +95,7 @@ def main():
 
     rows, panels = [], []
     for (model, way), seeds in trained.items():
-        images, _ = mixing_ratio.mixes(sets.val, seeds[0], n)
+        images, _ = mixing_ratio.mixes(sets, seeds[0], n)
         for name, look, group in (("three images", three_images, 3), ("drop path", drop_path, 2)):
             looks = [look(runs.model_of(s, sets), images, s) for s in seeds]
             true, points = torch.stack([true for _, true in looks]), []

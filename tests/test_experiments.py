@@ -1,28 +1,36 @@
 """Each experiment runs from its command, at its smallest size, and writes what it says."""
 
 import argparse
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+from torchvision.io import decode_image
 
 import compare
 import cost
 import data
 import loader
 import mixing_ratio
+import picture
 import robustness
 import runs
 import tl_align
+import train as script
 import transfer
 import variants
 
 EXPERIMENTS = Path(runs.__file__).parent
+SMALL = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20]
 
 
 def command(tmp_path, name, *args):
@@ -47,6 +55,15 @@ class Here:
         return future
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Where cores are busy, threads wait for each other much longer than these small models take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
     """Run an experiment's main in this process and a folder of its own, on few built-in images: gives its
@@ -58,8 +75,7 @@ def here(tmp_path, monkeypatch, capsys):
 
     def run(experiment, *args):
         name = experiment.__name__
-        small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--seeds", 1]
-        small += ["--device", "cpu"]
+        small = [*SMALL, "--seeds", 1, "--device", "cpu"]
         monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *args])])
         experiment.main()
         folder = tmp_path / "runs" / "experiments"
@@ -75,30 +91,67 @@ def test_loader(tmp_path, folder, given, monkeypatch, capsys):
     args = [folder / "train"] if given else []
     args += ["--images", 8, "--rounds", 1, "--size", 64]
     monkeypatch.setattr(sys, "argv", ["loader.py", *map(str, args)])
-    threads = torch.get_num_threads()
     loader.main()
-    torch.set_num_threads(threads)
     assert "| decode once, crop three times |" in capsys.readouterr().out
     assert (tmp_path / "runs" / "loader" / "augmented.png").stat().st_size > 10_000
 
 
 def test_cost(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = ["--models", "deit_tiny", "--sizes", 64, "--forms", "channels", "--rounds", 1, "--batch-size", 2]
+    args = ["--models", "vit_micro", "--sizes", 32, "--forms", "explicit", "channels", "--rounds", 1]
+    args += ["--batch-size", 2]
     monkeypatch.setattr(sys, "argv", ["cost.py", *map(str, args), "--device", "cpu"])
     cost.main()
     table = (tmp_path / "runs" / "cost" / "cost.md").read_text()
-    assert table.strip() in capsys.readouterr().out and len(table.splitlines()) == 3
+    assert table.strip() in capsys.readouterr().out and len(table.splitlines()) == 4
+    assert table.count("%) | ") == 2 and "failed" not in table
+
+
+@pytest.mark.parametrize("model", ["vit_micro", "swin_micro"])
+def test_picture_of_a_checkpoint(tmp_path, folder, model, monkeypatch, capsys):
+    s = script.parse(["--data", str(folder), "--model", model, "--device", "cpu"])
+    script.recipe(s, 40, 24)
+    path = tmp_path / "run" / "best.pt"
+    path.parent.mkdir()
+    torch.save({"model": script.build(s, 2).state_dict(), "settings": vars(s)}, path)
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(path), "--device", "cpu"])
+    picture.main()
+    drawn = path.with_name("alignment.png")
+    assert capsys.readouterr().out.startswith(f"{drawn}: ")
+    cell, columns = picture.CELL + picture.GAP, 2 + 4  # layers
+    height = picture.ROWS * (cell + picture.CAPTION) + picture.GAP
+    image = decode_image(drawn)
+    assert image.shape == (3, height, columns * cell + picture.GAP)
+    assert image.float().std() > 30  # not blank
+    monkeypatch.setattr(sys, "argv", ["picture.py", str(path), "--out", str(tmp_path / "other" / "it.png")])
+    picture.main()
+    assert (tmp_path / "other" / "it.png").read_bytes() == drawn.read_bytes()
 
 
 def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_path, folder):
     args = ["--data", folder, "--models", "vit_micro", "--methods", "TL-Align", "--seeds", 1]
-    small = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20, "--jobs", 2]
-    out = command(tmp_path, "compare.py", *args, *small)
+    out = command(tmp_path, "compare.py", *args, *SMALL, "--jobs", 2)
     assert "train: 2 to do of 2" in out and "| vit_micro | TL-Align |" in out
     shutil.rmtree(next((tmp_path / "runs").rglob("*area-0")))  # as if it had been stopped before
     out, _ = here(compare, *args)
     assert "train: 1 to do of 2" in out
+
+
+def test_processes_end_with_the_experiment_that_was_killed(tmp_path, folder):
+    args = ["--data", folder, "--models", "vit_micro", "--methods", "area", "--seeds", 2, "--jobs", 2]
+    line = [sys.executable, EXPERIMENTS / "compare.py", *args, *SMALL, "--epochs", 100_000]
+    group = {"start_new_session": True, "stdout": subprocess.PIPE}
+    experiment = subprocess.Popen([*map(str, line)], cwd=tmp_path, **group)
+    try:
+        until = time.monotonic() + 120
+        while len([*tmp_path.rglob("metrics.jsonl")]) < 2:  # both have trained an epoch
+            assert experiment.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        experiment.kill()
+        experiment.communicate(timeout=30)  # their output ends when none is left to write it
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(experiment.pid, signal.SIGKILL)
 
 
 def test_compare_covers_every_method(here):
@@ -130,7 +183,7 @@ def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, f
     _, text = here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "other")
     assert "| other | 100.00 | 100.00 | +0.00 |" in text  # one class alone can't be mistaken
     (tmp_path / "none").mkdir()
-    with pytest.raises(data.InputError, match="none has no folders named by the classes, such as 'dark'"):
+    with pytest.raises(data.Ended, match="none has no folders named by the classes, such as 'dark'"):
         here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "none")
 
 

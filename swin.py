@@ -100,7 +100,7 @@ class WindowAttention(nn.Module):
         bias = self.relative_position_bias_table[self.relative_position_index]
         bias = rearrange(bias, "n m h -> 1 h n m")
         if mask is not None:
-            bias = bias + mask  # (windows, h, n, n)
+            bias = bias + mask.to(bias.dtype)  # (windows, h, n, n)
         fused = x.is_cuda if self.fused is None else self.fused
         if not fused:
             attention = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
@@ -263,7 +263,8 @@ class Swin(nn.Module):
         if rand is None:
             rand = torch.rand(images.shape[0], self.depth, 2, device=images.device)
         rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
-        return rearrange((rand >= rate) / (1 - rate), "b depth two -> depth two b 1 1 1")
+        keep = ((rand >= rate) / (1 - rate)).to(images.dtype)
+        return rearrange(keep, "b depth two -> depth two b 1 1 1")
 
     def _check(self, images, labels):
         p = self.patch_size

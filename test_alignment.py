@@ -248,6 +248,18 @@ def test_explicit_and_fused_agree_under_bf16_within_its_error(setting):
     assert explicit[1].dtype == fused[1].dtype == torch.float32  # labels keep their precision
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("fused", [False, True])
+def test_models_and_mixing_work_in_other_precisions(setting, fused, dtype):
+    make, images, _ = setting
+    model, images = make(fused=fused, drop_path=0.1).to(dtype).train(), images.to(dtype)
+    mask = tl_align.cutmix_mask(torch.rand(2, 3), images.shape[-2:], 4)
+    logits, aligned = model(tl_align.mix(images, mask), tl_align.token_labels(mask, 4))
+    loss = tl_align.mixed_cross_entropy(logits, torch.tensor([1, 2]), aligned)
+    assert logits.dtype == loss.dtype == dtype and logits.isfinite().all() and aligned.isfinite().all()
+    loss.backward()
+
+
 def test_gradients_of_explicit_and_fused_attention_agree(setting):
     make, images, labels = setting
     grads = []

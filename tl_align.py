@@ -80,7 +80,7 @@ def mix(images, mask):
 
     images: (B, C, H, W), floating point. mask: (B, 1, H, W). Returns (B, C, H, W).
     """
-    return torch.lerp(images, partner(images), mask)
+    return torch.lerp(images, partner(images), mask.to(images.dtype))
 
 
 # --- Labels on their way through the network.

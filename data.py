@@ -30,7 +30,7 @@ from torchvision.transforms.v2 import functional as TF
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT and Swin use
 SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
-PART = 96  # images that a worker brings at a time: several workers then fill one batch
+PART = 48  # images that a worker brings at a time: several workers then fill one batch
 
 
 class Ended(Exception):
@@ -56,10 +56,10 @@ def bring(x, device):
     return x.to(device, non_blocking=True)
 
 
-def tell(line):
+def tell(line, file=None):
     """Print a line. That nobody is there to read it is no reason to end a run."""
     with contextlib.suppress(OSError, ValueError):
-        print(line, flush=True)
+        print(line, file=file, flush=True)
 
 
 # --- Sets: anything whose [i] is a uint8 image (3, H, W) and the number of its class.

@@ -65,7 +65,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, **style)
     parser.error = refuse
     add, switch, count = parser.add_argument, argparse.BooleanOptionalAction, lambda t: number(t, int, 1)
-    amount, share = lambda t: number(t, float, 0), lambda t: number(t, float, 0, 1)
+    amount, share, devices = lambda t: number(t, float, 0), lambda t: number(t, float, 0, 1), ["cpu", "cuda"]
     add("--data", default="shapes", help="shapes, a torchvision set, or a folder with train/ and val/")
     add("--root", default="data", help="folder that torchvision's sets are downloaded to")
     add("--model", default="vit_micro", choices=MODELS, help="which model")
@@ -88,7 +88,7 @@ def parse(argv):
     add("--repeats", type=count, help="crops of an image in an epoch (repeated augmentation)")
     add("--seed", type=lambda t: number(t, int, 0, 2**63), default=0, help="of all randomness")
     add("--workers", type=lambda t: number(t, int, 0), help="processes that decode images")
-    add("--device", choices=["cpu", "cuda"], help="cuda, on every GPU that torch sees, where there is one")
+    add("--device", default=devices[torch.cuda.is_available()], choices=devices, help="cuda: on all GPUs")
     add("--bf16", action=switch, help="compute in bfloat16 (autocast); the default on CUDA")
     add("--compile", action=switch, help="use torch.compile; the default on CUDA")
     add("--save-minutes", type=amount, default=15.0, help="minutes between checkpoints within an epoch")
@@ -394,7 +394,7 @@ def train(s, sets, out):
     resume = s.resume or any(from_processes(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
     if resume and last.exists():
         saved = read_checkpoint(last)
-        if "settings" not in saved:
+        if "sums" not in saved:
             raise agreed(f"{last} is not of a run of this script; give another --out")
         for name, then in saved["settings"].items():
             if name not in FREE and then != (now := getattr(s, name, then)):
@@ -497,7 +497,7 @@ def train(s, sets, out):
 
 def run(argv):
     s, gpus, joined = parse(argv), torch.cuda.device_count(), "RANK" in os.environ
-    cuda = vars(s).setdefault("device", "cuda" if gpus else "cpu") == "cuda"
+    cuda = s.device == "cuda"
     if cuda and not gpus:
         raise Ended("--device cuda can't be used here: torch sees no GPU; --device cpu always works")
     if joined:
@@ -548,7 +548,7 @@ def main(argv=None):
         reason = " ".join(str(e).split())[:300]
         line, status = f"process {rank()} lost another one, which may say why, or the network: {reason}", 1
     if line:
-        print(line if status > 128 else f"error: {line}", file=sys.stderr, flush=True)
+        data.tell(line if status > 128 else f"error: {line}", sys.stderr)
     if dist.is_initialized():
         if status:  # to take leave would be to wait for the others, who may wait for this one
             os._exit(status)

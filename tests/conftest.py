@@ -34,6 +34,7 @@ def folder(tmp_path):
 def train(tmp_path, monkeypatch, capsys):
     """Run train.py in a folder of its own: train("--epochs", 1, ...) gives exit status and output."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # for models this small, two that wait for each other are slower than one

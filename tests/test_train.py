@@ -279,3 +279,9 @@ def test_the_snippets_of_the_readme_run(tmp_path, monkeypatch):
     assert snippets
     for snippet in snippets:
         exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_the_lines_that_the_readme_shows_stand_in_the_code():
+    (excerpt,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
+    code = {line.split("#")[0].strip() for line in Path(vit.__file__).read_text().splitlines()}
+    assert all(line.split("#")[0].strip() in code for line in excerpt.splitlines())

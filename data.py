@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
@@ -139,10 +140,8 @@ def open_sets(name, root="data", seed=0):
             train, val = (make(**{key: part}) for part in parts)
         except (OSError, RuntimeError):  # OSError: USPS's way to say that it is not there
             train, val = (make(**{key: part}, download=True) for part in parts)
-    except ImportError as e:
-        raise Ended(f"torchvision reads {name} with another package: {e}; install it first") from e
-    except (OSError, RuntimeError, ValueError) as e:
-        raise Ended(f"{name} is not in {root}/ and could not be fetched: {str(e).splitlines()[0]}") from e
+    except (ImportError, OSError, RuntimeError, ValueError) as e:
+        raise Ended(f"torchvision can't open or fetch {name} in {root}/: {str(e).splitlines()[0]}") from e
     classes = [*range(UNNAMED[kind])] if kind in UNNAMED else train.classes
     return Sets(train, val, classes, kind not in ONE_WAY)
 
@@ -150,14 +149,9 @@ def open_sets(name, root="data", seed=0):
 def open_folder(path):
     try:
         train, val = (Folder(path / part) for part in ("train", "val"))
-    except OSError as e:  # no such folder, none in it, or one without images
-        reason, needed = (
-            str(e).split("] ")[-1].split(" Supported")[0],
-            "with a folder of images for each class",
-        )
-        raise Ended(
-            f"{reason}; --data takes a folder with train/ and val/, {needed}, or {', '.join(NAMES)}"
-        ) from e
+    except (OSError, ValueError) as e:  # no such folder, none in it, or one without images
+        reason = str(e).split("] ")[-1].split(" Supported")[0]
+        raise Ended(f"{reason}; --data takes a folder of train/CLASS/ and val/CLASS/, or {[*NAMES]}") from e
     if odd := sorted(set(train.classes) ^ set(val.classes)):
         part, other = ("train", "val") if odd[0] in train.classes else ("val", "train")
         raise Ended(f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks; {len(odd)} differ, none must")
@@ -165,14 +159,19 @@ def open_folder(path):
 
 
 class Folder(torchvision.datasets.ImageFolder):
-    """A folder with a folder of images for each class. Its samples are one array: of a million Python objects
-    each worker would soon hold a copy of its own, for to read one is to write its reference count."""
+    """Folders of images, one a class; names that begin with a dot are left out. Samples are one array: to
+    read one of a million Python objects writes its reference count, and gives each worker a copy of it."""
 
     def __init__(self, root):
-        super().__init__(root, loader=decode)
+        shown = lambda path: "/." not in path[len(str(root)) :] and path.lower().endswith(IMG_EXTENSIONS)
+        super().__init__(root, loader=decode, is_valid_file=shown)
         paths = [os.fsencode(path) for path, _ in self.samples]
         self.samples = np.rec.fromarrays([paths, self.targets], names="path,target")
         self.imgs = self.targets = None  # the same once more
+
+    def find_classes(self, root):
+        names = [name for name in super().find_classes(root)[0] if name[0] != "."]
+        return names, {name: number for number, name in enumerate(names)}
 
 
 def decode(path):
@@ -214,6 +213,8 @@ def random_resized_crop(image, size, name):
 def center_crop(image, size):
     """DeiT's evaluation crop: the shorter side to size / 0.875, of small images to size, and the middle."""
     short = size if size <= SMALL else int(size / 0.875)
+    most = 4 * min(image.shape[-2:])  # of a very long image, resized whole, memory could be too small
+    image = TF.center_crop(image, [min(side, most) for side in image.shape[-2:]])
     image = TF.resize(image, [short], TF.InterpolationMode.BICUBIC)
     return TF.center_crop(image, [size, size])
 
@@ -315,13 +316,12 @@ class Stream:
 
 def leave_signals(worker):
     """A signal to the whole group of processes is for the training script to answer, not a worker."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
 
 
 class Memory(Stream):
-    """The same of small images, decoded once and held on the device, and padded before crops are drawn there
-    (He et al. 2016)."""
+    """The same of small images, decoded once and held, padded and cropped on the device (He et al. 2016)."""
 
     train = functools.cached_property(lambda self: self.decoded("train"))
     val = functools.cached_property(lambda self: self.decoded("val"))

@@ -102,6 +102,17 @@ def test_whole_gives_every_image_once_in_order(folder, size):
     assert torch.cat(targets).tolist() == [0] * 12 + [1] * 12
 
 
+def test_names_that_begin_with_a_dot_are_no_images_and_no_classes(folder):
+    for name in (".hidden/00.jpg", "dark/._00.jpg", "light/.checkpoints/00.jpg"):
+        (folder / "train" / name).parent.mkdir(exist_ok=True)
+        (folder / "train" / name).write_text("not an image")
+    sets = data.open_sets(str(folder))
+    assert sets.classes == ["dark", "light"] and len(sets.train) == 24
+    (folder / "val").rename(folder / ".val")
+    hidden = data.Folder(folder / ".val")  # what leads to a set may be hidden
+    assert hidden.classes == sets.classes and len(hidden) == 24
+
+
 def test_the_paths_of_a_folder_are_one_array(folder):
     (folder / "train" / "dark" / "00.jpg").rename(folder / "train" / "dark" / "gr\xfc\xdfe.jpg")
     train = data.open_sets(str(folder)).train
@@ -114,6 +125,8 @@ def test_the_evaluation_crop_is_deits():
     image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
     theirs = TF.center_crop(TF.resize(image, 256, TF.InterpolationMode.BICUBIC), 224)
     assert torch.equal(data.center_crop(image, 224), theirs)
+    line = torch.randint(0, 256, (3, 2, 50_000), dtype=torch.uint8)  # 20 GB, were it resized whole
+    assert data.center_crop(line, 224).shape == data.center_crop(line.mT, 224).shape == (3, 224, 224)
 
 
 def test_a_random_resized_crop_is_a_box_of_the_image_as_torchvision_resizes_it(monkeypatch):

@@ -97,7 +97,7 @@ def one_line(done, *words):
 
 BAD_INPUT = {
     "model": (["--model", "deit_smal"], ["'deit_smal'", "deit_small", "--help"]),
-    "set": (["--data", "cifar11"], ["cifar11", "cifar10", "train/ and val/"]),
+    "set": (["--data", "cifar11"], ["cifar11", "cifar10", "train/CLASS/"]),
     "set in capitals": (["--data", "CIFAR10"], ["CIFAR10", "cifar10"]),
     "targets": (["--targets", "tlalign"], ["'tlalign'", "tl_align", "area", "transmix"]),
     "flag": (["--epoch", "3"], ["--epoch 3"]),
@@ -131,7 +131,7 @@ def test_the_script_itself_ends_with_status_2_and_without_a_traceback(tmp_path):
 
 def test_a_folder_that_is_no_set_is_told_from_one_that_is(train, folder, tmp_path):
     (tmp_path / "empty").mkdir()
-    one_line(train("--data", "empty"), "No such file or directory: 'empty/train'", "train/ and val/")
+    one_line(train("--data", "empty"), "No such file or directory: 'empty/train'", "train/CLASS/")
     (tmp_path / "empty" / "train").mkdir()
     one_line(train("--data", "empty"), "find any class folder in empty/train")
     (folder / "val" / "grey").mkdir()

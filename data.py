@@ -18,7 +18,6 @@ import math
 import os
 import signal
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -131,7 +130,7 @@ def open_sets(name, root="data", seed=0):
         train, val = (shapes(n, s)[:2] for n, s in ((SHAPES_TRAIN, seed), (SHAPES_VAL, "val")))
         return Sets(TensorDataset(*train), TensorDataset(*val), SHAPES, flip=False)
     if name not in NAMES:
-        return open_folder(Path(name))
+        return open_folder(name)
     kind, (key, *parts) = NAMES[name]
     to_rgb = v2.Compose([v2.RGB(), v2.PILToTensor()])
     make = functools.partial(getattr(torchvision.datasets, kind), root, transform=to_rgb)
@@ -148,7 +147,7 @@ def open_sets(name, root="data", seed=0):
 
 def open_folder(path):
     try:
-        train, val = (Folder(path / part) for part in ("train", "val"))
+        train, val = (Folder(os.path.join(path, part)) for part in ("train", "val"))
     except (OSError, ValueError) as e:  # no such folder, none in it, or one without images
         reason = str(e).split("] ")[-1].split(" Supported")[0]
         raise Ended(f"{reason}; --data takes a folder of train/CLASS/ and val/CLASS/, or {[*NAMES]}") from e
@@ -280,7 +279,7 @@ class Stream:
         return itertools.islice(self.parts, math.ceil(len(keys) / PART)) if self.parts else self.load([keys])
 
     def close(self):
-        """End the workers of a run that may not be over: they would not by SIGTERM, see `leave_signals`."""
+        """End the workers of a run that may not be over: by SIGTERM they would take their time."""
         if self.parts:
             self.parts.close()
 
@@ -315,9 +314,10 @@ class Stream:
 
 
 def leave_signals(worker):
-    """A signal to the whole group of processes is for the training script to answer, not a worker."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+    """A signal to all processes is for the training script to answer; SIGTERM gives it half a minute."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
 
 
 class Memory(Stream):

@@ -17,6 +17,7 @@ A padded token is nobody's: no real token attends to it, and it holds no label.
 Tokens and labels are maps here, (B, H, W, C) and (B, H, W, K). Copy this file with `tl_align.py`.
 """
 
+import re
 from collections import OrderedDict
 
 import torch
@@ -277,10 +278,14 @@ class Swin(nn.Module):
             raise ValueError(f"labels must be {expected}, got {tuple(labels.shape)}")
 
     def adapt(self, state):
-        """A checkpoint of Microsoft's, or of other windows, fitted to this model: their index and
-        mask buffers go, and bias tables are resized, bicubic as their code does it.
+        """A checkpoint of Microsoft's, of timm's, or of other windows, fitted to this model: index and mask
+        buffers go, names become Microsoft's, and bias tables are resized, bicubic as their code does it.
         state: a dict of tensors. Returns a new one."""
         state = {k: v for k, v in state.items() if not k.endswith(("_index", "attn_mask"))}
+        if any(k.startswith(f"layers.{len(self.layers) - 1}.downsample") for k in state):  # timm's
+            before = lambda m: f"layers.{int(m[1]) - 1}.downsample"  # at the end of a stage, not at its start
+            rename = lambda k: re.sub(r"layers\.(\d+)\.downsample", before, k).replace("head.fc.", "head.")
+            state = {rename(k): v for k, v in state.items()}
         for name, table in self.state_dict().items():
             old = state.get(name)
             if name.endswith("bias_table") and old is not None and len(old) != len(table):

@@ -449,6 +449,18 @@ def test_parameter_names_are_those_of_microsofts_swin_and_its_buffers_are_ignore
     model.load_state_dict(model.adapt({**state, **buffers}))
 
 
+def test_timms_names_of_swin_are_those_of_microsofts_with_merging_at_the_start_of_a_stage():
+    model = swin.swin_micro()
+    theirs = {
+        k.replace("layers.0.downsample", "layers.1.downsample"): v for k, v in model.state_dict().items()
+    }
+    theirs = {k.replace("head.", "head.fc."): v for k, v in theirs.items()}
+    assert "layers.1.downsample.reduction.weight" in theirs
+    adapted = model.adapt(theirs)
+    assert adapted.keys() == model.state_dict().keys()
+    assert all(torch.equal(adapted[k], v) for k, v in model.state_dict().items())
+
+
 def test_positions_are_resized_for_another_image_size():
     state = small_vit().state_dict()
     larger = small_vit(img_size=48)

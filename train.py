@@ -7,8 +7,7 @@
     python train.py --eval runs/shapes-vit_micro-cutmix-tl_align/best.pt
 
 Under torchrun, on one node or many, the same command joins its group of processes. A run's folder holds
-last.pt, best.pt, metrics.jsonl and config.json; the same command continues a run that was stopped, from the
-step of its last checkpoint. `python train.py --help` lists all settings.
+last.pt, best.pt, metrics.jsonl and config.json, and the same command continues a run that was stopped.
 """
 
 import argparse
@@ -18,8 +17,10 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
+import textwrap
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -30,6 +31,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils._pytree import tree_map_only
 
 import data
 import swin
@@ -41,6 +43,8 @@ VITS = [vit.vit_micro, vit.deit_tiny, vit.deit_small, vit.deit_base]
 SWINS = [swin.swin_micro, swin.swin_tiny, swin.swin_small, swin.swin_base]
 MODELS = {make.__name__: make for make in VITS + SWINS}
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+# A run that is continued may differ in these alone.
+FREE = {"root", "micro_batch", "workers", "device", "compile", "save_minutes", "out", "resume", "eval"}
 LOG_SECONDS = 5  # between two lines of the log, about; so long may many processes take to answer a signal
 
 # --- Settings. What is not given and has no default here is filled in by `recipe`.
@@ -101,11 +105,10 @@ def parse(argv):
         saved = read_checkpoint(s.eval).get("settings", {})
         known = {action.dest for action in parser._actions} - FREE
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
-    return parser.parse_args(argv)
-
-
-# A run that is continued may differ in these alone.
-FREE = {"root", "micro_batch", "workers", "device", "compile", "save_minutes", "out", "resume", "eval"}
+    s = parser.parse_args(argv)
+    if "" in vars(s).values():
+        refuse("a set, a folder or a file is given, but its name is empty")
+    return s
 
 
 def recipe(s, side, images):
@@ -198,9 +201,9 @@ def from_processes(thing):
 
 @contextlib.contextmanager
 def stop_signals():
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the run to stop. Yields a function that tells the signal, or 0; a
-    launcher that is gone counts as SIGTERM. A second signal ends the process at once, if it comes a second
-    later: launchers may pass on what the whole group got."""
+    """SIGTERM, SIGUSR1, Ctrl-C and a closing terminal ask the run to stop. Yields a function that tells the
+    signal, or 0; a launcher that is gone counts as SIGTERM. A second signal ends the process at once, if it
+    comes a second later: launchers may pass on what the whole group got."""
     asked, parent, launched = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 
     def ask(number, frame):
@@ -208,7 +211,8 @@ def stop_signals():
             os._exit(128 + number)
         asked[:] = asked or [number, time.monotonic()]
 
-    before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # as under nohup
+    before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup)}
     try:
         yield lambda: asked[0] if asked else signal.SIGTERM * (launched and os.getppid() != parent)
     finally:
@@ -220,18 +224,22 @@ def stop_signals():
 
 
 def read_checkpoint(path):
-    """A checkpoint as a dict with "model", the raw state dict. Nothing in the file is run. Raises Ended
-    where the file is missing, damaged or no checkpoint."""
+    """A checkpoint as a dict with "model", the raw state dict, under whatever name and with whatever prefixes
+    the file has it. Nothing in it is run. Raises Ended where it is missing, damaged or no checkpoint."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's files hold the command line
+            saved = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as e:
         raise Ended(f"there is no checkpoint {path}") from e
     except Exception as e:  # whatever a damaged file makes of the unpickler
-        raise Ended(f"{path} is no checkpoint, or a damaged one: {e!r:.100}") from e
-    state = saved.get("model", saved) if isinstance(saved, dict) else None
+        reason = textwrap.shorten(str(e).split("WeightsUnpickler error: ")[-1], 120)
+        raise Ended(f"{path} is no checkpoint, or a damaged one: {reason}") from e
+    kinds = ["model", "state_dict", "model_ema", "teacher", "student"]  # timm's are the state dict itself
+    state = next((saved[k] for k in kinds if k in saved), saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise Ended(f"{path} holds no model: expected a state dict, or a dict with one as 'model'")
-    return saved if "model" in saved else {"model": saved}  # timm's files are the state dict itself
+    prefix = r"^(module\.|_orig_mod\.|backbone\.)+"  # of DDP, of torch.compile, of DINO
+    return {**saved, "model": {re.sub(prefix, "", name): tensor for name, tensor in state.items()}}
 
 
 def write_beside(path, content):
@@ -252,21 +260,17 @@ def write_beside(path, content):
 
 
 def load_weights(model, saved, path, new_head=False):
-    """Load a checkpoint, its running mean if it has one, into a model of the same kind. new_head: keep
-    the model's own head where the file's is for another number of classes. Raises Ended where anything
-    else differs."""
-    state = model.adapt(saved.get("ema") or saved["model"])
-    own = model.state_dict()
-    if new_head and "head.weight" in state and state["head.weight"].shape != own["head.weight"].shape:
-        say(f"{path}: the head is for {len(state['head.weight'])} classes, a new one is trained")
+    """Load a checkpoint, its running mean if it has one, into a model of the same kind. new_head: keep the
+    model's own head where the file has none of as many classes. Raises Ended where anything else differs."""
+    state, own = model.adapt(saved.get("ema") or saved["model"]), model.state_dict()
+    if new_head and ("head.weight" not in state or state["head.weight"].shape != own["head.weight"].shape):
+        say(f"{path} has no head for {len(own['head.bias'])} classes, a new one is trained")
         state |= {k: own[k] for k in ("head.weight", "head.bias")}
     odd = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape != state[k].shape]
     if odd:
         this, that = (tuple(d[odd[0]].shape) if odd[0] in d else "nothing" for d in (own, state))
-        differ = f"{len(odd)} parameters differ, such as {odd[0]}"
-        raise Ended(
-            f"{path} is of another model: {differ}, where this model has {this} and the file has {that}"
-        )
+        differ = f"{len(odd)} parameters differ, such as {odd[0]}: {that} in the file, {this} here"
+        raise Ended(f"{path} is of another model: {differ}")
     model.load_state_dict(state)
 
 
@@ -274,8 +278,7 @@ def load_weights(model, saved, path, new_head=False):
 
 
 def lr_at(step, s, steps):
-    """The learning rate as a function of the step: a line up from 1e-6, half a cosine down to 1e-5.
-    steps: of an epoch."""
+    """The learning rate at a step: a line up from 1e-6, half a cosine down to 1e-5. steps: of an epoch."""
     warmup, total = s.warmup * steps, s.epochs * steps
     start, final = min(1e-6, s.lr), min(1e-5, s.lr)
     if step < warmup:
@@ -285,10 +288,8 @@ def lr_at(step, s, steps):
 
 def optimizer(model, s):
     """AdamW. Only matrices decay: not biases, norms, tokens, position embeddings or bias tables."""
-    decay, rest = [], []
-    for name, p in model.named_parameters():
-        spared = p.dim() < 2 or name.endswith(("_token", "pos_embed", "bias_table"))
-        (rest if spared else decay).append(p)
+    spared = lambda name, p: p.dim() < 2 or name.endswith(("_token", "pos_embed", "bias_table"))
+    decay, rest = ([p for n, p in model.named_parameters() if spared(n, p) == flag] for flag in (False, True))
     groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
 
@@ -338,9 +339,9 @@ class Trainer:
         self.rows = slice(*(pairs * r // world() * pair(s) for r in (rank(), rank() + 1)))
 
     def step(self, images, targets, step, steps, flip=True):
-        """One step of the optimizer. images, targets: this process's rows of the batch, as data.py
-        brings them. step: its number in the run; steps: of an epoch. Returns this process's part of
-        the mean loss, on the device: nothing here waits for it."""
+        """One step of the optimizer. images, targets: this process's rows of the batch, as data.py brings
+        them. step: its number in the run; steps: of an epoch. Returns this process's part of the mean loss,
+        on the device: nothing here waits for it."""
         s, total = self.s, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, s, steps)
@@ -400,8 +401,7 @@ def train(s, sets, out):
             if name not in FREE and then != (now := getattr(s, name, then)):
                 flag = f"--{'no-' if then is False else ''}{name.replace('_', '-')}"
                 flag += "" if isinstance(then, bool) else f" {then}, not {now}"
-                way_out = "give another --out, or --no-resume to start over"
-                raise agreed(f"{out} holds a run with {flag}; {way_out}")
+                raise agreed(f"{out} holds a run with {flag}; give another --out, or --no-resume")
         step, best, history, sums = (saved[k] for k in ("step", "best", "history", "sums"))
         if len(history) == s.epochs:
             return say(f"{out} is finished: top-1 {history[-1]['val_top1']:.2f} %, best {best:.2f} %")
@@ -429,9 +429,9 @@ def train(s, sets, out):
             raise agreed(f"the model's outputs are not finite after step {step}; a lower --lr may help", 1)
         raw.train()
         if rank() == 0:
-            saved = {name: part.state_dict() for name, part in states.items()} | {"settings": vars(s)}
-            saved |= {"step": step, "best": best, "history": history, "sums": sums}
-            saved |= {"classes": [str(name) for name in sets.classes]}
+            saved = {k: part.state_dict() for k, part in states.items()} | {"settings": vars(s), "step": step}
+            saved |= {"best": best, "history": history, "sums": sums, "classes": [*map(str, sets.classes)]}
+            saved = tree_map_only(torch.Tensor, torch.Tensor.cpu, saved)  # to be loaded where there is no GPU
             torch.save(saved, content := io.BytesIO())
             written.result()  # of the one before; raises what went wrong with it
             written = writer.submit(lambda: [write_beside(path, content.getbuffer()) for path in paths])
@@ -487,8 +487,7 @@ def train(s, sets, out):
             entry |= {"data_wait": round(sums[2] / sums[1], 4), "undecodable": len(bad)}
             history, improved, best, sums = [*history, entry], top1 > best, max(top1, best), [0.0] * 3
             if rank() == 0:
-                lines = "".join(json.dumps(line) + "\n" for line in history)
-                write_beside(out / "metrics.jsonl", lines.encode())
+                write_beside(out / "metrics.jsonl", "\n".join([*map(json.dumps, history), ""]).encode())
             save(*[out / "best.pt"] * improved, last)
         written.result()
     say(f"finished: top-1 {top1:.2f} %, best {best:.2f} %; {out}/ holds the weights and the metrics")
@@ -543,10 +542,11 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         line, status = "the GPU's memory is too small; --micro-batch 128 takes the same step in parts", 1
     except RuntimeError as e:
-        if not dist.is_initialized() or not ("gloo/" in str(e) or isinstance(e, dist.DistBackendError)):
+        lost = dist.is_initialized() and ("gloo/" in str(e) or isinstance(e, dist.DistBackendError))
+        if not lost and "DataLoader worker" not in str(e):
             raise
-        reason = " ".join(str(e).split())[:300]
-        line, status = f"process {rank()} lost another one, which may say why, or the network: {reason}", 1
+        helps = "which may say why" if lost else "fewer --workers or more shared memory may help"
+        line, status = f"process {rank()} lost another, {helps}: {textwrap.shorten(str(e), 200)}", 1
     if line:
         data.tell(line if status > 128 else f"error: {line}", sys.stderr)
     if dist.is_initialized():

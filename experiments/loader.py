@@ -78,7 +78,7 @@ def main():
             return DataLoader(crops, batch_sampler=parts)
 
         ways = {
-            "torchvision's chain": DataLoader(Subset(theirs, chosen), data.PART),
+            "torchvision's chain": DataLoader(Subset(theirs, chosen), 96),
             "decode and crop": batches(1),
             "decode once, crop three times": batches(3),
             "decode, and nothing else": DataLoader(

@@ -1,5 +1,6 @@
 """Promises of the training script: it learns, continues, repeats, and says in one line what is wrong."""
 
+import argparse
 import json
 import re
 import shutil
@@ -88,6 +89,26 @@ def test_init_takes_a_checkpoint_of_another_size_and_another_number_of_classes(t
     assert len(after["head.weight"]) == 2 and after["pos_embed"].shape == (1, 65, 64)
 
 
+@pytest.mark.parametrize("kind", ["module.", "_orig_mod.", "_orig_mod.module.", "module.backbone."])
+@pytest.mark.parametrize("key", ["model", "state_dict", "model_ema", "teacher", None])
+def test_checkpoints_are_read_however_they_call_the_weights(tmp_path, kind, key):
+    state = vit.vit_micro(num_classes=2).state_dict()
+    named = {kind + name: tensor for name, tensor in state.items()}
+    more = {"epoch": 299, "args": argparse.Namespace(lr=5e-4, model="deit_small_patch16_224")}  # as DeiT's
+    torch.save({key: named, **more} if key else named, tmp_path / "file.pth")
+    assert_equal(script.read_checkpoint(tmp_path / "file.pth")["model"], state)
+
+
+def test_an_encoder_without_a_head_is_fine_tuned_with_a_new_one_and_not_evaluated(train, folder, tmp_path):
+    state = vit.vit_micro(num_classes=2).state_dict()
+    torch.save({k: v for k, v in state.items() if not k.startswith("head")}, tmp_path / "encoder.pth")
+    done = train("--data", folder, *TINY, "--out", "run", "--init", "encoder.pth")
+    assert done.status == 0 and "encoder.pth has no head for 2 classes, a new one is trained" in done.out
+    one_line(
+        train("--data", folder, *TINY, "--eval", "encoder.pth"), "such as head.weight: nothing in the file"
+    )
+
+
 def one_line(done, *words):
     """Exit status 2 and one line on stderr that holds the words."""
     assert done.status == 2, done.out + done.err
@@ -112,6 +133,7 @@ BAD_INPUT = {
     "no cuda": (["--device", "cuda"], ["--device cuda", "cpu"]),
     "no such device": (["--device", "meta"], ["--device", "'meta'", "cpu", "cuda"]),
     "seed too large": (["--seed", str(2**64)], ["--seed", "below"]),
+    "empty": (["--init", ""], ["empty"]),
     "missing folder": (["--data", "nowhere/set"], ["nowhere/set"]),
     "missing checkpoint": (["--eval", "nowhere.pt"], ["no checkpoint nowhere.pt"]),
 }

@@ -526,7 +526,7 @@ def test_a_training_step_with_alignment_compiles_without_graph_breaks(make, size
 def test_models_are_exported_and_traced_for_batches_of_any_size(make, size):
     model, images = make().eval(), torch.randn(3, 3, *size)
     labels = torch.rand(3, size[0] // 4 * (size[1] // 4), 1)
-    batch = {0: torch.export.Dim("batch")}
+    batch = {0: torch.export.Dim("batch", max=4096)}  # without an end, torch 2.6 finds no largest batch
     exported = torch.export.export(model, (images, labels), dynamic_shapes=(batch, batch)).module()
     for few in (1, 2, 3):
         for a, b in zip(model(images[:few], labels[:few]), exported(images[:few], labels[:few])):

@@ -264,8 +264,7 @@ class Swin(nn.Module):
         if rand is None:
             rand = torch.rand(images.shape[0], self.depth, 2, device=images.device)
         rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
-        keep = ((rand >= rate) / (1 - rate)).to(images.dtype)
-        return rearrange(keep, "b depth two -> depth two b 1 1 1")
+        return rearrange(((rand >= rate) / (1 - rate)).to(images.dtype), "b depth two -> depth two b 1 1 1")
 
     def _check(self, images, labels):
         p = self.patch_size

@@ -194,8 +194,7 @@ class ViT(nn.Module):
         if rand is None:
             rand = torch.rand(images.shape[0], self.depth, 2, device=images.device)
         rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
-        keep = ((rand >= rate) / (1 - rate)).to(images.dtype)
-        return rearrange(keep, "b depth two -> depth two b 1 1")
+        return rearrange(((rand >= rate) / (1 - rate)).to(images.dtype), "b depth two -> depth two b 1 1")
 
     def _check(self, images, labels):
         if images.shape[1:] != (3, self.img_size, self.img_size):

@@ -98,7 +98,7 @@ def parse(argv):
     add("--save-minutes", type=amount, default=15.0, help="minutes between checkpoints within an epoch")
     add("--out", help="folder of the run")
     add("--resume", action=switch, default=True, help="continue the run in that folder; or start it over")
-    add("--init", default=None, help="checkpoint to start from: ours, DeiT's, timm's ViT or Microsoft's Swin")
+    add("--init", default=None, help="checkpoint to start from: ours, DeiT's, Microsoft's or timm's")
     add("--eval", default=None, help="checkpoint to evaluate instead; its settings are the defaults")
     s = parser.parse_args(argv)
     if s.eval:
@@ -116,9 +116,9 @@ def recipe(s, side, images):
     ones what trains small models well. With --init, DeiT's for fine-tuning: large images learn at a tenth
     of the rate, above 224 px, where a resolution changes, at a hundredth. side: of the set's images in
     pixels. images: how many there are to train on. Returns s."""
-    fill, given = vars(s).setdefault, vars(s)
+    fill = vars(s).setdefault
     swin_like, micro, tune = s.model.startswith("swin"), s.model.endswith("micro"), s.init is not None
-    large, cuda = given.get("img_size", side) > data.SMALL, s.device == "cuda"
+    large, cuda = vars(s).get("img_size", side) > data.SMALL, s.device == "cuda"
     patch_size = fill("patch_size", (4 if swin_like else 16) if large else (2 if swin_like else 4))
     fill("img_size", math.ceil(side / patch_size) * patch_size)
     fill("epochs", 4 if s.data == "shapes" else 30 if tune else 300 if large else 100)

@@ -10,19 +10,21 @@ Sets of small images are decoded once and live on the device whole. Every random
 named by what it is for: it depends on seed, step and sample, not on workers, processes, device or resuming.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
 import math
+import multiprocessing.queues
 import os
 import signal
-from dataclasses import dataclass
+import sys
+from collections import namedtuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import v2
@@ -31,6 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT and Swin use
 SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
 PART = 48  # images that a worker brings at a time: several workers then fill one batch
+FORMATS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")  # files of other names are no images
 
 
 class Ended(Exception):
@@ -56,22 +59,19 @@ def bring(x, device):
     return x.to(device, non_blocking=True)
 
 
-def tell(line, file=None):
-    """Print a line. That nobody is there to read it is no reason to end a run."""
-    with contextlib.suppress(OSError, ValueError):
-        print(line, file=file, flush=True)
+def tell(line, stream="stdout"):
+    """Print a line. That nobody can read it is no reason to end a run: a stream that fails is let go."""
+    try:
+        print(line.encode(errors="backslashreplace").decode(), file=getattr(sys, stream), flush=True)
+    except (OSError, ValueError):
+        setattr(sys, stream, None)
 
 
 # --- Sets: anything whose [i] is a uint8 image (3, H, W) and the number of its class.
 
 
-@dataclass
-class Sets:
-    train: Dataset
-    val: Dataset
-    classes: list  # names, by number
-    flip: bool = True  # whether a mirrored image still shows its class
-
+# classes: their names, by number. flip: whether a mirrored image still shows its class.
+Sets = namedtuple("Sets", ["train", "val", "classes", "flip"], defaults=[True])
 
 SHAPES_TRAIN, SHAPES_VAL = 8_000, 2_000
 SHAPES = ["plain", "rows", "columns", "rising", "falling", "checks", "dots", "lines", "bars", "rings"]
@@ -141,7 +141,7 @@ def open_sets(name, root="data", seed=0):
             train, val = (make(**{key: part}, download=True) for part in parts)
     except (ImportError, OSError, RuntimeError, ValueError) as e:
         raise Ended(f"torchvision can't open or fetch {name} in {root}/: {str(e).splitlines()[0]}") from e
-    classes = [*range(UNNAMED[kind])] if kind in UNNAMED else train.classes
+    classes = [*map(str, range(UNNAMED[kind]) if kind in UNNAMED else train.classes)]
     return Sets(train, val, classes, kind not in ONE_WAY)
 
 
@@ -152,8 +152,9 @@ def open_folder(path):
         reason = str(e).split("] ")[-1].split(" Supported")[0]
         raise Ended(f"{reason}; --data takes a folder of train/CLASS/ and val/CLASS/, or {[*NAMES]}") from e
     if odd := sorted(set(train.classes) ^ set(val.classes)):
-        part, other = ("train", "val") if odd[0] in train.classes else ("val", "train")
-        raise Ended(f"{path}/{part} has a class {odd[0]!r} that {other}/ lacks; {len(odd)} differ, none must")
+        raise Ended(
+            f"a class {odd[0]!r} is in only one of {path}/train and val/; {len(odd)} are so, none must"
+        )
     return Sets(train, val, train.classes)
 
 
@@ -162,8 +163,11 @@ class Folder(torchvision.datasets.ImageFolder):
     read one of a million Python objects writes its reference count, and gives each worker a copy of it."""
 
     def __init__(self, root):
-        shown = lambda path: "/." not in path[len(str(root)) :] and path.lower().endswith(IMG_EXTENSIONS)
+        others = []  # files without an image's name: `or` appends them
+        known = lambda path: path.lower().endswith(FORMATS) or others.append(path)
+        shown = lambda path: "/." not in path[len(str(root)) :] and known(path)
         super().__init__(root, loader=decode, is_valid_file=shown)
+        self.others = len(others)
         paths = [os.fsencode(path) for path, _ in self.samples]
         self.samples = np.rec.fromarrays([paths, self.targets], names="path,target")
         self.imgs = self.targets = None  # the same once more
@@ -174,11 +178,16 @@ class Folder(torchvision.datasets.ImageFolder):
 
 
 def decode(path):
-    """A file's image as uint8 (3, H, W), whatever its extension says: JPEG (grayscale and CMYK too),
-    PNG, WebP or GIF, turned as its EXIF tag says. Raises RuntimeError where it can't be read."""
-    image = torchvision.io.decode_image(os.fsdecode(path), mode="RGB", apply_exif_orientation=True)
-    image = TF.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits a channel
-    return image[0] if image.dim() == 4 else image  # the first frame of an animation
+    """A file's image as uint8 (3, H, W), turned as its EXIF tag says; of an animation the first frame. JPEG
+    is read by torchvision, the rest by Pillow, which takes twice the time. Raises what it raises."""
+    try:
+        content = torch.from_numpy(np.fromfile(path, np.uint8))
+        return torchvision.io.decode_jpeg(content, "RGB", apply_exif_orientation=True)
+    except RuntimeError:
+        with Image.open(path) as image:
+            if image.mode[0] == "I":  # 16 bits a pixel, which Pillow would cut off at 255
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def native_size(dataset):
@@ -239,7 +248,7 @@ class Crops(Dataset):
             try:
                 image, target = dataset[i % len(dataset)]
                 return image, int(target), failed
-            except (RuntimeError, OSError, ValueError):
+            except Exception:  # whatever a damaged file makes of a decoder
                 files = getattr(dataset, "samples", None)
                 failed = failed or (os.fsdecode(files[i][0]) if files is not None else f"image {i} of {part}")
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, failed
@@ -296,28 +305,35 @@ class Stream:
 
     def load(self, keys):
         """What lists of keys ask for, in parts: (n, 3, S, S) uint8 and (n,), on the device."""
-        loader = DataLoader(
-            Crops(self.sets, self.s.img_size),
-            batch_sampler=(some[i : i + PART] for some in keys for i in range(0, len(some), PART)),
-            num_workers=self.s.workers,
-            pin_memory=self.s.device == "cuda",
-            worker_init_fn=leave_signals,
-        )
-        for images, targets, parts, failed in loader:
-            for part, name in {(p, f) for p, f in zip(parts, failed) if f and f not in self.bad[p]}:
-                tell(f"cannot decode {name}: the next image takes its place")
-                self.bad[part].add(name)
-                if (count := len(self.bad[part])) > (n := len(getattr(self.sets, part))) / 100:
-                    raise Ended(f"{count} of {n} images cannot be decoded, more than one in a hundred")
-            images, targets = (t.to(self.s.device, non_blocking=True) for t in (images, targets))
-            yield images.movedim(-1, 1).contiguous(), targets
+        lists = (some[i : i + PART] for some in keys for i in range(0, len(some), PART))
+        options = {"num_workers": self.s.workers, "pin_memory": self.s.device == "cuda"}
+        options |= {"batch_sampler": lists, "worker_init_fn": begin_worker}
+        try:
+            loaded = iter(DataLoader(Crops(self.sets, self.s.img_size), **options))
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise a worker's end within a step
+            for images, targets, parts, failed in loaded:
+                for part, name in {(p, f) for p, f in zip(parts, failed) if f and f not in self.bad[p]}:
+                    tell(f"cannot decode {name}: the next image takes its place")
+                    self.bad[part].add(name)
+                    if (count := len(self.bad[part])) > (n := len(getattr(self.sets, part))) / 100:
+                        raise Ended(f"{count} of {n} images cannot be decoded, more than one in a hundred")
+                images, targets = (t.to(self.s.device, non_blocking=True) for t in (images, targets))
+                yield images.movedim(-1, 1).contiguous(), targets
+        except (OSError, RuntimeError) as e:  # a worker was killed, or has no memory or files to share
+            sys.unraisablehook = lambda error: None  # torch fails to end workers if it failed to start one
+            for worker in multiprocessing.active_children():
+                worker.kill()
+            line = f"the workers bring no more images: {str(e).splitlines()[-1]}"
+            raise Ended(f"{line}; fewer --workers or more shared memory (--shm-size) may help", 1) from e
 
 
-def leave_signals(worker):
-    """A signal to all processes is for the training script to answer; SIGTERM gives it half a minute."""
+def begin_worker(number):
+    """A signal to all processes is for the training script to answer; SIGTERM gives it half a minute. A part
+    that can't be sent ends the worker, which is noticed: it would be waited for."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    multiprocessing.queues.Queue._on_queue_feeder_error = lambda queue, e, part: os._exit(1)
 
 
 class Memory(Stream):
@@ -333,14 +349,12 @@ class Memory(Stream):
     def epoch(self, epoch, skip=0):
         (images, targets), s, n, pad = self.train, self.s, self.s.batch_size, self.s.img_size // 8
         order = epoch_order(len(images), s.seed, epoch, s.repeats).to(s.device)
-        padded = F.pad(images, (pad, pad, pad, pad))
-        at = torch.arange(s.img_size, device=s.device)
+        crops = F.pad(images, (pad,) * 4).unfold(2, s.img_size, 1).unfold(3, s.img_size, 1)  # all, a view
         for step in range(skip, self.steps):
             i = order[step * n : (step + 1) * n][self.rows]
             corner = uniform((n, 2), s.seed, "crop", epoch, step)[self.rows] * (2 * pad + 1)
-            rows, cols = (bring(corner, s.device).long()[:, :, None] + at).unbind(1)  # (rows, S)
-            images = padded[i[:, None, None], :, rows[:, :, None], cols[:, None, :]]
-            yield images.permute(0, 3, 1, 2), targets[i]
+            top, left = bring(corner, s.device).long().unbind(1)
+            yield crops[i, :, top, left], targets[i]
 
     def whole(self):
         return zip(*(t[self.share].split(1000) for t in self.val))
@@ -370,20 +384,16 @@ def augment(images, rand, flip=True, full=True):
 
 
 @functools.cache
-def channels(device):
-    """MEAN and STD as (2, 3, 1, 1), brought to the device once: a copy a step would wait for it."""
-    return torch.tensor([MEAN, STD]).view(2, 3, 1, 1).to(device)
-
-
-@functools.cache
-def noise_field(side, device):
-    """Normal noise (3, side, side) that erasing rolls: a draw a pixel would depend on the device."""
-    return torch.randn(3, side, side, generator=generator("erase")).to(device)
+def constants(side, device):
+    """MEAN and STD, (3, 1, 1) each, and normal noise (3, side, side) that erasing rolls (a draw a pixel would
+    depend on the device), brought to the device once: a copy a step would wait for it."""
+    noise = torch.randn(3, side, side, generator=generator("erase"))
+    return [t.to(device) for t in (*torch.tensor([MEAN, STD]).view(2, 3, 1, 1), noise)]
 
 
 def normalize(images):
     """uint8 (B, 3, S, S) to floats of mean 0 and deviation 1, by the channel statistics of ImageNet."""
-    mean, std = channels(images.device)
+    mean, std, _ = constants(images.shape[-1], images.device)
     return (images.float() / 255 - mean) / std
 
 
@@ -392,20 +402,13 @@ def blend(images, other, strength):
     return torch.lerp(other.float(), images.float(), strength).round().clamp(0, 255).to(torch.uint8)
 
 
-def smooth(images):
-    """PIL's smoothing filter: each pixel five times and its eight neighbours once; the border stays."""
-    smoothed, inner = images.clone(), images[..., 1:-1, 1:-1].float()
-    smoothed[..., 1:-1, 1:-1] = ((9 * F.avg_pool2d(images.float(), 3, 1) + 4 * inner) / 13).round()
-    return smoothed
-
-
 def warp(images, s, a, b, tx, c, d, ty):
     """Read each pixel (x, y) at (a x + b y + tx, c x + d y + ty), in units of half the image from its
     centre, bilinear; outside lies the mean colour. Each number is (B, 1, 1, 1), as s is, or plain."""
     numbers = (n if torch.is_tensor(n) else torch.full_like(s, n) for n in (a, b, tx, c, d, ty))
     matrix = torch.stack([*numbers], dim=-1).view(-1, 2, 3)
     grid = F.affine_grid(matrix, images.shape, align_corners=False)
-    fill = channels(images.device)[0] * 255
+    fill = constants(images.shape[-1], images.device)[0] * 255
     warped = F.grid_sample(images.float() - fill, grid, align_corners=False) + fill
     return warped.round().clamp(0, 255).to(torch.uint8)
 
@@ -422,7 +425,7 @@ RAND_AUGMENT = [
     lambda x, m, s: blend(x, TF.adjust_saturation(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, TF.adjust_contrast(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, torch.zeros_like(x), 1 + 0.9 * s),  # brightness
-    lambda x, m, s: blend(x, smooth(x), 1 + 0.9 * s),  # sharpness
+    lambda x, m, s: blend(x, TF.adjust_sharpness(x, 0), 1 + 0.9 * s),
     lambda x, m, s: warp(x, s, (r := s * math.pi / 6).cos(), -r.sin(), 0, r.sin(), r.cos(), 0),
     lambda x, m, s: warp(x, s, 1, 0.3 * s, 0.3 * s, 0, 1, 0),  # shear along x
     lambda x, m, s: warp(x, s, 1, 0, 0, 0.3 * s, 1, 0.3 * s),  # shear along y
@@ -437,8 +440,7 @@ def rand_augment(images, rand, r):
     images: (B, 3, S, S) uint8. rand, r: (B, 4), uniform, the same numbers on the CPU and where images are."""
     none = len(RAND_AUGMENT)
     which, counted = ((t[:, 0] * none).long().masked_fill(t[:, 1] < 0.5, none) for t in (r, rand))
-    m = 0.9 + 0.05 * math.sqrt(2) * torch.erfinv(2 * r[:, 2].clamp(1e-6, 1 - 1e-6) - 1)
-    m = m.clamp(0, 1).view(-1, 1, 1, 1)
+    m = (0.9 + 0.05 * torch.special.ndtri(r[:, 2])).clamp(0, 1).view(-1, 1, 1, 1)
     s = torch.where(r[:, 3].view(-1, 1, 1, 1) < 0.5, m, -m)
     groups = which.argsort(stable=True).split(counted.bincount(minlength=none + 1).tolist())
     images = images.clone()
@@ -454,17 +456,14 @@ def random_erase(images, rand, r):
     images: (B, 3, S, S), normalised. rand, r: (B, 7), as for `rand_augment`."""
     side, count = images.shape[-1], int((rand[:, 0] < 0.25).sum())
     i = (r[:, 0] >= 0.25).int().argsort(stable=True)[:count]
-    area, shape, top, left, dy, dx = r[i, 1:].unbind(1)
+    area, shape, corner, shift = r[i, 1], r[i, 2], r[i, 3:5], r[i, 5:]
     area, ratio = 0.02 + area * (1 / 3 - 0.02), 0.3 ** (2 * shape - 1)
-    at = torch.arange(side, device=images.device)
-    within, rolled = [], []
-    for length, start, shift in (((area * ratio).sqrt(), top, dy), ((area / ratio).sqrt(), left, dx)):
-        length = (length * side).round().clamp(max=side - 1)
-        start = (start * (side - length + 1)).floor()[:, None]
-        within.append((at >= start) & (at < start + length[:, None]))  # (erased, side)
-        rolled.append(((shift * side).long()[:, None] + at) % side)
-    (rows, cols), (y, x) = within, rolled
-    noise = noise_field(side, images.device)[:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
+    size = torch.stack([area * ratio, area / ratio], dim=1).sqrt()
+    size = (size * side).round().clamp(max=side - 1)  # (erased, 2): height and width
+    start, at = (corner * (side - size + 1)).floor(), torch.arange(side, device=images.device)
+    rows, cols = ((at >= start[..., None]) & (at < (start + size)[..., None])).unbind(1)  # (erased, side)
+    y, x = (((shift * side).long()[..., None] + at) % side).unbind(1)
+    noise = constants(side, images.device)[2][:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
     images = images.clone()
     images[i] = torch.where(rows[:, None, :, None] & cols[:, None, None, :], noise.transpose(0, 1), images[i])
     return images

@@ -187,6 +187,29 @@ def mixed_cross_entropy(logits, targets, share, smoothing=0.0):
     return torch.lerp(own, other, share.squeeze(-1).to(own.dtype)).mean()
 
 
+def mixed_loss(model, images, targets, rand, patch_size, mixing="cutmix", label="tl_align", smoothing=0.1):
+    """The loss of a training step: mix a batch, run the model, and label each mix in one of three ways.
+
+    images: (B, 3, H, W), normalised. targets: (B,). rand: (B, 3 + 2 * depth), uniform in [0, 1): three
+    columns for mixing, the others for drop path. mixing: "cutmix", "mixup" or "none". label: "area" is
+    the baseline; "transmix" needs a class token. Returns a scalar.
+    """
+    drop = rand[:, 3:].unflatten(1, (-1, 2))  # (B, depth, 2)
+    if mixing == "none":
+        return F.cross_entropy(model(images, rand=drop), targets, label_smoothing=smoothing)
+    box, size = rand[:, :3], images.shape[-2:]
+    mask = cutmix_mask(box, size, patch_size) if mixing == "cutmix" else mixup_mask(box, size)
+    mixed, labels = mix(images, mask), token_labels(mask, patch_size)
+    if label == "area":
+        logits, share = model(mixed, rand=drop), mask.mean((2, 3))
+    elif label == "transmix":
+        logits, looks = model(mixed, rand=drop, looks=True)
+        share = transmix(labels, looks)
+    else:
+        logits, share = model(mixed, labels, rand=drop)
+    return mixed_cross_entropy(logits, targets, share, smoothing)
+
+
 def _check_tiling(size, patch_size):
     if any(pixels % patch_size for pixels in size):
         raise ValueError(f"patches of {patch_size} px do not tile an image of {size[0]} x {size[1]} px")

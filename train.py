@@ -28,7 +28,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map_only
@@ -44,7 +43,8 @@ SWINS = [swin.swin_micro, swin.swin_tiny, swin.swin_small, swin.swin_base]
 MODELS = {make.__name__: make for make in VITS + SWINS}
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 # A run that is continued may differ in these alone.
-FREE = {"root", "micro_batch", "workers", "device", "compile", "save_minutes", "out", "resume", "eval"}
+FREE = {*"data root micro_batch workers device compile save_minutes out resume eval".split()}
+pair = lambda s: 1 if s.mix == "none" else 2  # images that a cut through a batch must not part
 LOG_SECONDS = 5  # between two lines of the log, about; so long may many processes take to answer a signal
 
 # --- Settings. What is not given and has no default here is filled in by `recipe`.
@@ -103,7 +103,7 @@ def parse(argv):
     s = parser.parse_args(argv)
     if s.eval:
         saved = read_checkpoint(s.eval).get("settings", {})
-        known = {action.dest for action in parser._actions} - FREE
+        known = {action.dest for action in parser._actions} - FREE | {"data"}
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
     s = parser.parse_args(argv)
     if "" in vars(s).values():
@@ -142,18 +142,11 @@ def recipe(s, side, images):
     return s
 
 
-def pair(s):
-    """What must not be cut when a batch is divided: the two images of a mix."""
-    return 1 if s.mix == "none" else 2
-
-
 def check(s, images, processes):
     """What only shows when settings and data are known. Raises Ended."""
     least = processes * pair(s)
     if s.batch_size % pair(s) or s.micro_batch % pair(s):
-        raise Ended(
-            f"--batch-size {s.batch_size} and --micro-batch must be even: images are mixed two by two"
-        )
+        raise Ended(f"--batch-size {s.batch_size} and --micro-batch must be even: mixing takes pairs")
     if not least <= s.batch_size <= images:
         raise Ended(f"--batch-size must be from {least} to the {images} training images, got {s.batch_size}")
     if s.targets == "transmix" and s.model.startswith("swin"):
@@ -229,11 +222,9 @@ def read_checkpoint(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's files hold the command line
             saved = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise Ended(f"there is no checkpoint {path}") from e
-    except Exception as e:  # whatever a damaged file makes of the unpickler
+    except Exception as e:  # no such file, or whatever a damaged one makes of the unpickler
         reason = textwrap.shorten(str(e).split("WeightsUnpickler error: ")[-1], 120)
-        raise Ended(f"{path} is no checkpoint, or a damaged one: {reason}") from e
+        raise Ended(f"{path} can't be read, no checkpoint or a damaged one: {reason}") from e
     kinds = ["model", "state_dict", "model_ema", "teacher", "student"]  # timm's are the state dict itself
     state = next((saved[k] for k in kinds if k in saved), saved) if isinstance(saved, dict) else None
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
@@ -259,18 +250,36 @@ def write_beside(path, content):
         raise Ended(f"{path} can't be written: {e.strerror}; what was there is as it was") from e
 
 
-def load_weights(model, saved, path, new_head=False):
-    """Load a checkpoint, its running mean if it has one, into a model of the same kind. new_head: keep the
-    model's own head where the file has none of as many classes. Raises Ended where anything else differs."""
+def kind(saved):
+    """What must stay the same for a run to go on: its settings, the number of its images, its classes."""
+    flags = {f"--{k.replace('_', '-')}": v for k, v in saved["settings"].items() if k not in FREE}
+    classes = {f"class {i}": name for i, name in enumerate(saved["classes"])}
+    return {**flags, "number of images": saved["images"], **classes}
+
+
+def differ(then, now):
+    """Where a checkpoint and what is here differ, in words, or "". Both are dicts of what there is."""
+    pairs = {k: (then.get(k, "missing"), now.get(k, "missing")) for k in {**now, **then}}
+    odd = [f"{k} is {that} there, {this} here" for k, (that, this) in pairs.items() if that != this]
+    return "".join(odd[:1]) + f" (one of {len(odd)} differences)" * (len(odd) > 1)
+
+
+def load_weights(model, saved, path, classes, new_head=False):
+    """Load a checkpoint, its running mean if it has one, into a model of the same kind, the rows of its head
+    in the order of these classes. new_head: keep the model's own head where the file has none for them, by
+    their names if it tells names. Raises Ended where anything else differs."""
     state, own = model.adapt(saved.get("ema") or saved["model"]), model.state_dict()
-    if new_head and ("head.weight" not in state or state["head.weight"].shape != own["head.weight"].shape):
-        say(f"{path} has no head for {len(own['head.bias'])} classes, a new one is trained")
-        state |= {k: own[k] for k in ("head.weight", "head.bias")}
-    odd = [k for k in {**own, **state} if k not in own or k not in state or own[k].shape != state[k].shape]
-    if odd:
-        this, that = (tuple(d[odd[0]].shape) if odd[0] in d else "nothing" for d in (own, state))
-        differ = f"{len(odd)} parameters differ, such as {odd[0]}: {that} in the file, {this} here"
-        raise Ended(f"{path} is of another model: {differ}")
+    names, head = saved["classes"] if "sums" in saved else classes, ["head.weight", "head.bias"]
+    if sorted(names) == sorted(classes) and len(state.get(head[0], [])) == len(classes):
+        row = {name: i for i, name in enumerate(names)}
+        state |= {k: state[k][[row[name] for name in classes]] for k in head}
+    elif new_head:
+        say(f"{path} has no head for these {len(classes)} classes, a new one is trained")
+        state |= {k: own[k] for k in head}
+    elif odd := differ(dict(enumerate(names)), dict(enumerate(classes))):
+        raise Ended(f"{path} was trained on other classes: number {odd}")
+    if odd := differ(*({k: tuple(v.shape) for k, v in d.items()} for d in (state, own))):
+        raise Ended(f"{path} is of another model: {odd}")
     model.load_state_dict(state)
 
 
@@ -294,45 +303,22 @@ def optimizer(model, s):
     return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
 
 
-def loss_of(model, images, targets, rand, s):
-    """Mix a batch, run the model, and take the loss for the target that `--targets` names.
-    images: (B, 3, S, S), normalised. targets: (B,). rand: (B, 3 + 2 * depth), uniform: three columns
-    for mixing, the others for drop path. Returns a scalar."""
-    drop = rand[:, 3:].unflatten(1, (-1, 2))  # (B, depth, 2)
-    if s.mix == "none":
-        return F.cross_entropy(model(images, rand=drop), targets, label_smoothing=s.smoothing)
-    box, size = rand[:, :3], images.shape[-2:]
-    cutmix = s.mix == "cutmix"
-    mask = tl_align.cutmix_mask(box, size, s.patch_size) if cutmix else tl_align.mixup_mask(box, size)
-    mixed, labels = tl_align.mix(images, mask), tl_align.token_labels(mask, s.patch_size)
-    if s.targets == "area":
-        logits, share = model(mixed, rand=drop), mask.mean((2, 3))
-    elif s.targets == "transmix":
-        logits, looks = model(mixed, rand=drop, looks=True)
-        share = tl_align.transmix(labels, looks)
-    else:
-        logits, share = model(mixed, labels, rand=drop)
-    return tl_align.mixed_cross_entropy(logits, targets, share, s.smoothing)
-
-
 class Trainer:
     """A model and its optimizer, and the step that trains them. raw is the model itself, with the official
     parameter names; ddp the same, distributed; model what a step calls, compiled as well; ema the running
-    mean of the weights, or None; loss what a step minimises, called as `loss_of`. rows: the slice of every
-    batch that is this process's, cut anywhere between two pairs, so that no size is forbidden."""
+    mean of the weights, or None; loss what a step minimises. rows: the slice of every batch that is this
+    process's, cut anywhere between two pairs, so that no size is forbidden."""
 
     def __init__(self, s, classes):
-        self.s, self.device, self.loss = s, torch.device(s.device), loss_of
+        self.s, self.device, self.loss = s, torch.device(s.device), tl_align.mixed_loss
         torch.manual_seed(s.seed)
         self.raw = build(s, classes).to(self.device)
         # Newer versions of torch prefer cuDNN's attention on H100, whose gradients have come out as NaN
         # (pytorch issue 196678): flash attention it is.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        self.ddp = self.model = self.raw
-        if world() > 1:
-            self.ddp = self.model = DDP(self.raw, broadcast_buffers=False, gradient_as_bucket_view=True)
-        if s.compile:
-            self.model = torch.compile(self.ddp)
+        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+        self.ddp = DDP(self.raw, **options) if world() > 1 else self.raw
+        self.model = torch.compile(self.ddp) if s.compile else self.ddp
         self.optimizer = optimizer(self.raw, s)
         self.ema = copy.deepcopy(self.raw).requires_grad_(False) if s.ema else None
         pairs = s.batch_size // pair(s)
@@ -354,7 +340,8 @@ class Trainer:
             # Gradients are summed here and averaged over the processes, once a step.
             with contextlib.nullcontext() if last or self.ddp is self.raw else self.ddp.no_sync():
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
-                    loss = self.loss(self.model, batch, targets[part], bring(rand[part, 16:], self.device), s)
+                    inputs = batch, targets[part], bring(rand[part, 16:], self.device)
+                    loss = self.loss(self.model, *inputs, s.patch_size, s.mix, s.targets, s.smoothing)
                 loss = loss * (len(batch) / s.batch_size)
                 (loss * world()).backward()
             total = total + loss.detach()
@@ -388,6 +375,7 @@ def train(s, sets, out):
     states = {"model": raw, "optimizer": trainer.optimizer, **({"ema": weights} if trainer.ema else {})}
     batches = data.batches(sets, s, trainer.rows, slice(rank(), None, world()))
     steps, total = batches.steps, s.epochs * batches.steps
+    about = {"settings": vars(s), "images": [len(sets.train), len(sets.val)], "classes": sets.classes}
 
     # Everything random is a function of the seed, the step and the sample, so this is all it takes to
     # go on. An epoch is done when its line stands in the history: after its evaluation.
@@ -395,13 +383,10 @@ def train(s, sets, out):
     resume = s.resume or any(from_processes(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
     if resume and last.exists():
         saved = read_checkpoint(last)
-        if "sums" not in saved:
+        if "images" not in saved:
             raise agreed(f"{last} is not of a run of this script; give another --out")
-        for name, then in saved["settings"].items():
-            if name not in FREE and then != (now := getattr(s, name, then)):
-                flag = f"--{'no-' if then is False else ''}{name.replace('_', '-')}"
-                flag += "" if isinstance(then, bool) else f" {then}, not {now}"
-                raise agreed(f"{out} holds a run with {flag}; give another --out, or --no-resume")
+        if odd := differ(kind(saved), kind(about)):
+            raise agreed(f"{out} holds another run: {odd}; give another --out, or --no-resume")
         step, best, history, sums = (saved[k] for k in ("step", "best", "history", "sums"))
         if len(history) == s.epochs:
             return say(f"{out} is finished: top-1 {history[-1]['val_top1']:.2f} %, best {best:.2f} %")
@@ -409,7 +394,7 @@ def train(s, sets, out):
             part.load_state_dict(saved[name])
         say(f"{out}: going on after step {step}, in epoch {len(history) + 1} of {s.epochs}")
     elif s.init:
-        load_weights(raw, read_checkpoint(s.init), s.init, new_head=True)
+        load_weights(raw, read_checkpoint(s.init), s.init, sets.classes, new_head=True)
         weights.load_state_dict(raw.state_dict())
     if any(other != step for other in from_processes(step)):
         raise agreed(f"not every process sees {last}: --out must be a folder that all nodes share")
@@ -420,63 +405,73 @@ def train(s, sets, out):
     counts = f"{len(sets.train)} training images, {len(sets.val)} to validate, {len(sets.classes)} classes"
     parameters = f"{sum(p.numel() for p in raw.parameters()) / 1e6:.1f} M parameters"
     say(f"{counts}; {parameters}; {steps} steps an epoch on {world()} process(es)")
+    if others := sum(getattr(part, "others", 0) for part in (sets.train, sets.val)):
+        say(f"{others} files are left out, for their names end in none of {' '.join(data.FORMATS)}")
+    if len(sets.train) < 1000 and s.img_size > data.SMALL and not s.init:
+        say("these are few images to learn from; --init FILE starts from a model that was trained on many")
 
     @torch.no_grad()
     def save(*paths):
         """Have the writer write the checkpoint to each path while training goes on."""
-        nonlocal written, saved_at
+        nonlocal written, kept, saved_at
         if not raw.eval()(torch.zeros(1, 3, s.img_size, s.img_size, device=s.device)).isfinite().all():
             raise agreed(f"the model's outputs are not finite after step {step}; a lower --lr may help", 1)
         raw.train()
         if rank() == 0:
-            saved = {k: part.state_dict() for k, part in states.items()} | {"settings": vars(s), "step": step}
-            saved |= {"best": best, "history": history, "sums": sums, "classes": [*map(str, sets.classes)]}
+            saved = {k: part.state_dict() for k, part in states.items()} | about
+            saved |= {"step": step, "best": best, "history": history, "sums": sums}
             saved = tree_map_only(torch.Tensor, torch.Tensor.cpu, saved)  # to be loaded where there is no GPU
             torch.save(saved, content := io.BytesIO())
             written.result()  # of the one before; raises what went wrong with it
             written = writer.submit(lambda: [write_beside(path, content.getbuffer()) for path in paths])
-        saved_at = time.monotonic()
+        kept, saved_at = step, time.monotonic()
 
-    log_at, pending, saved_at = step + 1, [], time.monotonic()
+    log_at, pending, kept, saved_at = step + 1, [], step, time.monotonic()
     with stop_signals() as asked, ThreadPoolExecutor(1) as writer, contextlib.closing(batches):
         written = writer.submit(int)  # nothing yet
         for epoch in range(len(history), s.epochs):
             raw.train()
             loader, end = batches.epoch(epoch, step - epoch * steps), (epoch + 1) * steps
             since, waited = time.perf_counter(), 0.0
-            while step < end:
-                waited -= time.perf_counter()
-                images, targets = next(loader)
-                waited += time.perf_counter()
-                pending.append(trainer.step(images, targets, step, steps, sets.flip))
-                step += 1
-                if step < min(log_at, end) and not (world() == 1 and asked()):
-                    continue
+            try:
+                while step < end:
+                    waited -= time.perf_counter()
+                    images, targets = next(loader)
+                    waited += time.perf_counter()
+                    pending.append(trainer.step(images, targets, step, steps, sets.flip))
+                    step += 1
+                    if step < min(log_at, end) and not (world() == 1 and asked()):
+                        continue
 
-                # The log line: the one place where the device and other processes are waited for.
-                losses, now = torch.stack(pending).tolist(), time.perf_counter()
-                due = rank() == 0 and time.monotonic() - saved_at > 60 * s.save_minutes
-                mine = [asked(), due, (now - since) / world(), waited / world(), *losses]
-                stop, due, seconds, waited, *losses = map(sum, zip(*from_processes(mine)))
-                for at, loss in enumerate(losses, step - len(losses)):
-                    if not math.isfinite(loss):
-                        raise agreed(f"the loss is {loss} at step {at}; try a lower --lr or --clip 1", 1)
-                    sums[0] += loss
-                sums[1:] = sums[1] + seconds, sums[2] + waited
-                rate, loss = len(losses) / seconds, sum(losses) / len(losses)  # rate: of steps
-                say(
-                    f"epoch {epoch + 1}/{s.epochs}  step {step}/{total}  loss {loss:.4f}  "
-                    f"lr {lr_at(step - 1, s, steps):.2e}  {rate * s.batch_size:.0f} images/s  "
-                    f"data {waited / seconds:.0%}  left {timedelta(seconds=int((total - step) / rate))}"
-                )
-                log_at = step + max(1, min(10 * len(losses), int(LOG_SECONDS * rate)))
-                pending, since, waited = [], now, 0.0
-                if step == end or due or stop:
+                    # The log line: the one place where the device and other processes are waited for.
+                    losses, now = torch.stack(pending).tolist(), time.perf_counter()
+                    due = rank() == 0 and time.monotonic() - saved_at > 60 * s.save_minutes
+                    mine = [asked(), due, (now - since) / world(), waited / world(), *losses]
+                    stop, due, seconds, waited, *losses = map(sum, zip(*from_processes(mine)))
+                    for at, loss in enumerate(losses, step - len(losses)):
+                        if not math.isfinite(loss):
+                            raise agreed(f"the loss is {loss} at step {at}; try a lower --lr or --clip 1", 1)
+                        sums[0] += loss
+                    sums[1:] = sums[1] + seconds, sums[2] + waited
+                    rate, loss = len(losses) / seconds, sum(losses) / len(losses)  # rate: of steps
+                    say(
+                        f"epoch {epoch + 1}/{s.epochs}  step {step}/{total}  loss {loss:.4f}  "
+                        f"lr {lr_at(step - 1, s, steps):.2e}  {rate * s.batch_size:.0f} images/s  "
+                        f"data {waited / seconds:.0%}  left {timedelta(seconds=int((total - step) / rate))}"
+                    )
+                    log_at = step + max(1, min(10 * len(losses), int(LOG_SECONDS * rate)))
+                    pending, since, waited = [], now, 0.0
+                    if step == end or due or stop:
+                        save(last)
+                    if stop:
+                        written.result()
+                        code = 128 + (asked() or signal.SIGTERM)
+                        raise agreed(f"stopped after step {step}: the same command goes on from there", code)
+            except Exception:  # a worker is gone, say, or another process: what is done is kept
+                sums[0] += world() * sum(loss.item() for loss in pending)  # about: others have their parts
+                if step > kept and math.isfinite(sums[0]):
                     save(last)
-                if stop:
-                    written.result()
-                    status = 128 + (asked() or signal.SIGTERM)
-                    raise agreed(f"stopped after step {step}: the same command goes on from there", status)
+                raise
 
             top1, top5 = evaluate(weights, batches, s)
             say(f"epoch {epoch + 1}/{s.epochs}  val top-1 {top1:.2f} %  top-5 {top5:.2f} %")
@@ -495,14 +490,18 @@ def train(s, sets, out):
 
 
 def run(argv):
-    s, gpus, joined = parse(argv), torch.cuda.device_count(), "RANK" in os.environ
-    cuda = s.device == "cuda"
+    s, gpus = parse(argv), torch.cuda.device_count()
+    cuda, joined = s.device == "cuda", {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
     if cuda and not gpus:
         raise Ended("--device cuda can't be used here: torch sees no GPU; --device cpu always works")
     if joined:
-        if cuda:
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        try:
+            if cuda:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % gpus)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        except (ValueError, RuntimeError) as e:
+            line = f"{', '.join(sorted(joined))}: {textwrap.shorten(str(e), 120)}"
+            raise Ended(f"can't join a group of processes by {line}; use torchrun, or unset these") from e
     processes = gpus if cuda and not joined else world()
     for first in (True, False):  # the first process of a node may have to download the set
         error = ""
@@ -524,7 +523,7 @@ def run(argv):
     if not s.eval:
         return train(s, sets, Path(s.out))
     model = build(s, len(sets.classes))
-    load_weights(model, read_checkpoint(s.eval), s.eval)
+    load_weights(model, read_checkpoint(s.eval), s.eval, sets.classes)
     batches = data.batches(sets, s, slice(None), slice(rank(), None, world()))
     top1, top5 = evaluate(model.to(s.device), batches, s)
     say(f"{s.eval}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(sets.val)} images")
@@ -542,13 +541,15 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         line, status = "the GPU's memory is too small; --micro-batch 128 takes the same step in parts", 1
     except RuntimeError as e:
-        lost = dist.is_initialized() and ("gloo/" in str(e) or isinstance(e, dist.DistBackendError))
-        if not lost and "DataLoader worker" not in str(e):
+        status, reason = 1, textwrap.shorten(str(e), 200)
+        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            line = f"torch.compile failed, --no-compile does without: {reason}"
+        elif dist.is_initialized() and ("gloo/" in str(e) or isinstance(e, dist.DistBackendError)):
+            line = f"process {rank()} lost another, which may say why: {reason}"
+        else:
             raise
-        helps = "which may say why" if lost else "fewer --workers or more shared memory may help"
-        line, status = f"process {rank()} lost another, {helps}: {textwrap.shorten(str(e), 200)}", 1
     if line:
-        data.tell(line if status > 128 else f"error: {line}", sys.stderr)
+        data.tell(line if status > 128 else f"error: {line}", "stderr")
     if dist.is_initialized():
         if status:  # to take leave would be to wait for the others, who may wait for this one
             os._exit(status)

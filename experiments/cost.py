@@ -67,21 +67,21 @@ HEAD = """\
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def dense_loss(model, images, targets, rand, s):
-    """`train.loss_of` with class labels at every token and a soft target."""
+def dense_loss(model, images, targets, rand, patch_size, mixing, label, smoothing):
+    """`tl_align.mixed_loss` with class labels at every token and a soft target."""
     drop = rand[:, 3:].unflatten(1, (-1, 2))
-    mask = tl_align.cutmix_mask(rand[:, :3], images.shape[-2:], s.patch_size)
+    mask = tl_align.cutmix_mask(rand[:, :3], images.shape[-2:], patch_size)
     one_hot = F.one_hot(targets, CLASSES).float()[:, None]
-    labels = torch.lerp(one_hot, tl_align.partner(one_hot), tl_align.token_labels(mask, s.patch_size))
+    labels = torch.lerp(one_hot, tl_align.partner(one_hot), tl_align.token_labels(mask, patch_size))
     logits, aligned = model(tl_align.mix(images, mask), labels, rand=drop)
-    return F.cross_entropy(logits, aligned, label_smoothing=s.smoothing)
+    return F.cross_entropy(logits, aligned, label_smoothing=smoothing)
 
 
 # How the target is found: the loss, its --targets, and what weighs the labels' residual.
 WAYS = {
-    "area": (script.loss_of, "area", "half"),
-    "aligned": (script.loss_of, "tl_align", "half"),
-    "norm": (script.loss_of, "tl_align", "norm"),
+    "area": (tl_align.mixed_loss, "area", "half"),
+    "aligned": (tl_align.mixed_loss, "tl_align", "half"),
+    "norm": (tl_align.mixed_loss, "tl_align", "norm"),
     "dense": (dense_loss, "tl_align", "half"),
 }
 

@@ -160,7 +160,7 @@ def blank(images, share, patch_size):
     grid = data.uniform((len(images), 1, *(side // patch_size for side in images.shape[-2:])), "blank", share)
     gone = grid.flatten(1).argsort(1).argsort(1).view(grid.shape) < share * grid[0].numel()
     gone = F.interpolate(gone.float(), images.shape[-2:]).to(images)
-    return torch.lerp(images, data.channels(images.device)[0].expand_as(images), gone)
+    return torch.lerp(images, data.constants(images.shape[-1], images.device)[0].expand_as(images), gone)
 
 
 def calibration_error(logits, targets):

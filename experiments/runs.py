@@ -211,7 +211,7 @@ def model_of(s, sets):
     """The trained model of a run, or of the checkpoint s.eval, ready to be looked at."""
     path = s.eval or f"{s.out}/last.pt"
     model = script.build(s, len(sets.classes)).to(s.device).eval()
-    script.load_weights(model, script.read_checkpoint(path), path)
+    script.load_weights(model, script.read_checkpoint(path), path, sets.classes)
     return model.requires_grad_(False)
 
 

@@ -1,6 +1,7 @@
 """The two halves of the data path, against torchvision's own operations where it has them."""
 
 import math
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from PIL import Image
 from torch.utils.data import TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
@@ -168,12 +170,33 @@ def test_files_are_read_by_what_they_hold_and_not_by_their_name(tmp_path):
     exif[0x0112] = 6  # to be turned by 90 degrees
     smooth.save(tmp_path / "turned.jpg", exif=exif, quality=95)
     assert (data.decode(tmp_path / "cmyk.jpg").float().mean((1, 2)) - colour).abs().max() < 6
-    deep = TF.to_pil_image(torch.full((1, 4, 5), 25700, dtype=torch.int16))  # 16 bits a pixel
-    deep.save(tmp_path / "deep.png")
-    assert data.decode(tmp_path / "deep.png").dtype == torch.uint8
-    assert (data.decode(tmp_path / "deep.png") == 100).all()
     assert data.decode(tmp_path / "gray.jpg").shape == (3, 20, 30)
     assert data.decode(tmp_path / "turned.jpg").shape == (3, 30, 20)
+
+
+@pytest.mark.parametrize("kind", ["bmp", "tif", "ppm", "gif", "png", "webp", "jfif"])
+def test_every_format_that_is_looked_for_is_read(tmp_path, kind):
+    colour = torch.tensor([200, 100, 50], dtype=torch.uint8)
+    image = TF.to_pil_image(colour.view(3, 1, 1).expand(3, 20, 30))
+    more = {"save_all": True, "append_images": [image.rotate(90)]} if kind in ("gif", "webp") else {}
+    for part in ("train", "val"):  # a class whose name is no text
+        at = os.fsencode(tmp_path) + b"/set/" + part.encode() + b"/caf\xe9"
+        os.makedirs(at)
+        image.save(tmp_path / f"x.{kind}", **more, **({"format": "JPEG"} if kind == "jfif" else {}))
+        os.rename(tmp_path / f"x.{kind}", at + b"/\xff\xfe." + kind.upper().encode())
+        (tmp_path / "set" / part / "Thumbs.db").write_text("beside the classes")
+    with open(at + b"/notes.txt", "w") as file:
+        file.write("among the images")
+    sets = data.open_sets(str(tmp_path / "set"))
+    assert (sets.train.others, sets.val.others) == (0, 1) and len(sets.train) == 1
+    ((images, _),) = data.Stream(sets, settings(batch_size=1)).whole()
+    assert images.shape == (1, 3, 96, 96) and (images[0].float().mean((1, 2)) - colour).abs().max() < 4
+
+
+@pytest.mark.parametrize("kind", ["tif", "pgm", "png"])
+def test_images_of_16_bits_keep_their_upper_eight(tmp_path, kind):
+    Image.fromarray(np.full((4, 5), 100 * 257, np.uint16)).save(tmp_path / f"deep.{kind}")
+    assert (data.decode(tmp_path / f"deep.{kind}") == 100).all()
 
 
 def test_every_operation_of_rand_augment_equals_torchvisions():

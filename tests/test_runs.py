@@ -5,8 +5,10 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -165,7 +167,7 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_weights(
     if processes > 1:  # at last only one of them is killed: the launcher starts all of them again
         while read_step(run) == began:
             time.sleep(0.01)
-        os.kill(children(life)[-1], signal.SIGKILL)
+        os.kill(children(life.pid)[-1], signal.SIGKILL)
         kills += 1
     finish(life)
     assert life.log.read_text().count("going on after step") == (began > 0) + (processes > 1)
@@ -174,14 +176,14 @@ def test_a_run_that_is_killed_at_random_ends_with_the_same_weights(
     assert history(tmp_path / "whole") == history(run)
 
 
-def children(process):
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+def children(pid):
+    found = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True)
     return [int(pid) for pid in found.stdout.split()]
 
 
 def kill(process):
     """SIGKILL for a command and the processes that torchrun has started for it."""
-    for pid in (process.pid, *children(process)):
+    for pid in (process.pid, *children(process.pid)):
         os.kill(pid, signal.SIGKILL)
     process.wait()
 
@@ -202,6 +204,37 @@ def read_step(run):
         return torch.load(run / "last.pt", weights_only=True, mmap=True)["step"]
     except FileNotFoundError:
         return 0
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_worker_that_is_killed_ends_the_run_soon_and_no_step_is_lost(folder, tmp_path, start, processes):
+    for i in range(300):
+        (folder / "train" / "dark" / f"more{i}.jpg").hardlink_to(folder / "train" / "dark" / "00.jpg")
+    args = ("--data", folder, *RUN, "--img-size", 80, "--epochs", 2, "--save-minutes", 10)
+    args += ("--augment", "light", "--repeats", 1)
+    finish(start(processes, *args, "--out", "whole"))
+    run = start(processes, *args, "--out", "run")
+    wait_for_step(run, 1)
+    pid = run.pid if processes == 1 else children(run.pid)[-1]
+    os.kill(children(pid)[-1], signal.SIGKILL)
+    began = time.monotonic()
+    assert run.wait(timeout=60) == 1 and time.monotonic() - began < 30
+    text = run.log.read_text()
+    assert "fewer --workers or more shared memory" in text
+    assert "Traceback" not in text.split("torch/distributed/elastic")[0]
+    told = int(re.findall(r"step (\d+)/", text)[-1])
+    assert told <= read_step(tmp_path / "run") < 80
+    finish(start(processes, *args, "--out", "run"))
+    assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("reader", ["", "| head -n 1", "> /dev/full", ">&- 2>&-"])
+def test_a_run_whose_log_has_no_reader_goes_on(folder, tmp_path, reader):
+    command = [sys.executable, script.__file__, "--data", folder, *RUN, "--workers", 0, "--out", "run"]
+    line = f"set -o pipefail; {shlex.join(map(str, command))} {reader}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert len(history(tmp_path / "run")) == 4
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole(train, folder, tmp_path, monkeypatch):

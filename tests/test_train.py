@@ -74,6 +74,33 @@ def test_another_run_in_the_same_folder_is_refused_and_nothing_written_over(trai
     assert over.status == 0 and "epoch 1/2" in over.out
 
 
+def test_a_set_is_known_by_what_it_holds_and_not_by_its_path(train, folder, tmp_path):
+    assert train("--data", folder, *TINY, "--out", "run").status == 0
+    before = (tmp_path / "run" / "last.pt").read_bytes()
+    moved = folder.rename(tmp_path / "moved")
+    again = train("--data", f"{moved}/../moved/", *TINY, "--out", "run")
+    assert again.status == 0 and "is finished" in again.out, again.err
+    more = moved / "train" / "dark" / "more.jpg"
+    more.hardlink_to(moved / "train" / "dark" / "00.jpg")
+    one_line(train("--data", moved, *TINY, "--out", "run"), "[24, 24]", "[25, 24]", "--no-resume")
+    more.unlink()
+    for part in ("train", "val"):
+        (moved / part / "dark").rename(moved / part / "zark")
+    one_line(train("--data", moved, *TINY, "--out", "run"), "class 0 is dark there, light here")
+    one_line(train("--data", moved, "--eval", "run/last.pt", "--workers", 0), "dark", "other classes")
+    assert before == (tmp_path / "run" / "last.pt").read_bytes()
+    done = train("--data", moved, *TINY, "--out", "new", "--init", "run/last.pt")
+    assert done.status == 0 and "has no head for these 2 classes" in done.out
+
+
+def test_a_head_takes_on_the_order_of_the_sets_classes():
+    model = vit.vit_micro(num_classes=3).eval()
+    saved = {"model": model.state_dict(), "classes": ["a", "b", "c"], "sums": []}
+    images, other = torch.randn(2, 3, 32, 32), vit.vit_micro(num_classes=3).eval()
+    script.load_weights(other, saved, "file.pt", ["c", "a", "b"])
+    torch.testing.assert_close(other(images), model(images)[:, [2, 0, 1]])
+
+
 def test_init_takes_a_checkpoint_of_another_size_and_another_number_of_classes(train, folder, tmp_path):
     torch.manual_seed(0)
     model = vit.vit_micro(img_size=48, num_classes=1000)
@@ -103,10 +130,10 @@ def test_an_encoder_without_a_head_is_fine_tuned_with_a_new_one_and_not_evaluate
     state = vit.vit_micro(num_classes=2).state_dict()
     torch.save({k: v for k, v in state.items() if not k.startswith("head")}, tmp_path / "encoder.pth")
     done = train("--data", folder, *TINY, "--out", "run", "--init", "encoder.pth")
-    assert done.status == 0 and "encoder.pth has no head for 2 classes, a new one is trained" in done.out
-    one_line(
-        train("--data", folder, *TINY, "--eval", "encoder.pth"), "such as head.weight: nothing in the file"
+    assert (
+        done.status == 0 and "encoder.pth has no head for these 2 classes, a new one is trained" in done.out
     )
+    one_line(train("--data", folder, *TINY, "--eval", "encoder.pth"), "head.weight is missing there")
 
 
 def one_line(done, *words):
@@ -135,7 +162,7 @@ BAD_INPUT = {
     "seed too large": (["--seed", str(2**64)], ["--seed", "below"]),
     "empty": (["--init", ""], ["empty"]),
     "missing folder": (["--data", "nowhere/set"], ["nowhere/set"]),
-    "missing checkpoint": (["--eval", "nowhere.pt"], ["no checkpoint nowhere.pt"]),
+    "missing checkpoint": (["--eval", "nowhere.pt"], ["nowhere.pt", "No such file"]),
 }
 
 
@@ -159,7 +186,7 @@ def test_a_folder_that_is_no_set_is_told_from_one_that_is(train, folder, tmp_pat
     (folder / "val" / "grey").mkdir()
     one_line(train("--data", folder), "grey", "no valid file")
     (folder / "val" / "dark" / "00.jpg").rename(folder / "val" / "grey" / "00.jpg")
-    one_line(train("--data", folder), "val has a class 'grey' that train/ lacks")
+    one_line(train("--data", folder), "'grey' is in only one of", "train and val/")
     shutil.rmtree(folder / "val")
     one_line(train("--data", folder), "No such file or directory", "set/val'")
 
@@ -273,6 +300,30 @@ def test_the_recipe_for_fine_tuning_is_deits():
 def test_defaults_fit_odd_images_and_small_sets():
     s = script.recipe(settings("--data", "set", "--device", "cpu"), side=50, images=500)
     assert (s.img_size, s.patch_size, s.batch_size) == (52, 4, 24)
+
+
+@pytest.mark.parametrize(
+    "given", [{"WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "x"}, {"LOCAL_RANK": "1"}]
+)
+def test_a_launchers_variables_that_are_set_in_part_end_in_one_line(train, monkeypatch, given):
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    one_line(train(), ", ".join(given), "torchrun", "unset")
+
+
+def test_a_missing_compiler_ends_in_one_line(train, folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    torch.compiler.reset()
+    done = train("--data", folder, *TINY, "--compile")
+    assert done.status == 1 and "--no-compile" in done.err and len(done.err.splitlines()) == 1
+
+
+def test_a_small_set_of_large_images_is_told_of_init(train, folder):
+    args = ("--data", folder, *TINY, "--img-size", 80)
+    assert "--init FILE" in train(*args, "--out", "run").out
+    assert "--init FILE" not in train(*args, "--out", "other", "--init", "run/last.pt").out
 
 
 def test_a_full_gpu_and_ctrl_c_end_in_one_line(train, monkeypatch):

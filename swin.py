@@ -217,7 +217,8 @@ class Swin(nn.Module):
         )
         self.norm = nn.LayerNorm(dim * 2**last)
         self.head = nn.Linear(dim * 2**last, num_classes)
-        for name, p in self.named_parameters():
+        wide = dim >= 96  # as Swin starts; narrow layers want larger weights, and keep torch's own
+        for name, p in self.named_parameters() if wide else ():
             if p.dim() == 2:
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("bias") and "patch_embed.proj" not in name:

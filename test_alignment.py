@@ -427,6 +427,17 @@ BLOCK = """norm1.weight norm1.bias attn.qkv.weight attn.qkv.bias attn.proj.weigh
 ENDS = "patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias head.weight head.bias".split()
 
 
+def test_official_sizes_start_as_published_and_narrow_ones_as_torch_starts_its_layers():
+    tiny, micro = vit.deit_tiny(), vit.vit_micro()
+    for model, std in ((tiny, 0.02), (micro, 64**-0.5 / 3**0.5), (swin.swin_tiny(), 0.02)):
+        first = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
+        assert first.weight.std().item() == pytest.approx(std, rel=0.03)
+    assert tiny.pos_embed.std().item() == pytest.approx(0.02, rel=0.02) and tiny.head.bias.eq(0).all()
+    grid = micro.pos_embed[0, 1:].unflatten(0, (8, 8)).detach()  # sines and cosines of row and column
+    expected = [math.sin(3), math.sin(5), math.cos(3), math.cos(5)]
+    assert grid[3, 5, ::16].tolist() == pytest.approx(expected) and micro.pos_embed.requires_grad
+
+
 def test_parameter_names_are_those_of_deit():
     names = [*ENDS, "cls_token", "pos_embed"] + [f"blocks.{i}.{k}" for i in range(12) for k in BLOCK]
     assert sorted(vit.deit_tiny().state_dict()) == sorted(names)

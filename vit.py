@@ -96,6 +96,13 @@ class Block(nn.Module):
         return x, labels
 
 
+def waves(side, dim):
+    """Where each of side x side patches is, row by row: sines and cosines of its row and column, (N, dim)."""
+    at = torch.cartesian_prod(torch.arange(side), torch.arange(side))  # (N, 2)
+    angle = (at[:, :, None] * 1e4 ** -torch.arange(0, 1, 4 / dim)).flatten(1)  # (N, dim / 2)
+    return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]
+
+
 class ViT(nn.Module):
     """img_size and patch_size are in pixels, dim is the width of a token, drop_path the rate of the
     last block (it grows from 0). pool is what the head reads: "cls", the class token, or "avg", the
@@ -135,11 +142,14 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, heads, fused, residual) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
+        wide = dim > 128  # as DeiT starts; narrow layers want larger weights, and keep torch's own
         for name, p in self.named_parameters():
-            if name.endswith("_token") or name == "pos_embed" or (p.dim() == 2):
+            if name.endswith("_token") or name == "pos_embed" or (wide and p.dim() == 2):
                 nn.init.trunc_normal_(p, std=0.02)
-            elif name.endswith("bias") and "patch_embed" not in name:
+            elif wide and name.endswith("bias") and "patch_embed" not in name:
                 nn.init.zeros_(p)
+        if not wide:
+            self.pos_embed.data[0, pool == "cls" :] = waves(img_size // patch_size, dim)
 
     def forward(self, images, labels=None, *, looks=False, rand=None):
         """Logits, and where labels are given the label of what the head reads.

@@ -8,8 +8,9 @@ No mixing, Mixup, and CutMix with four targets: the area, TransMix (ViT only), T
 residuals weighed by their norms; each with the same model, images, schedule and seeds. A seed sets the
 weights at the start, the order, the crops and the boxes alike for every method, so each method is held
 against the area target seed by seed: the table gives the mean difference with its 95 % interval over
-seeds. Accuracy is that of the last epoch. Time is that of the fastest epoch of all seeds beside the
-area's; runs go side by side, so it is within some percent (`experiments/cost.py` measures it closely).
+seeds, and how many seeds would tell a difference of half a point. Accuracy is that of the last epoch. Time
+is that of the fastest epoch of all seeds beside the area's; runs go side by side, so it is within some
+percent (`experiments/cost.py` measures it closely).
 """
 
 import statistics
@@ -44,11 +45,13 @@ def main():
         for method in top1:
             gains = [a - b for a, b in zip(top1[method], top1["area"])]
             mean, half = runs.interval(gains)
-            gain, cost = "" if method == "area" else runs.signed(gains), rate["area"] / rate[method]
-            rows.append([model, method, f"{statistics.fmean(top1[method]):.2f}", gain, f"{cost:.2f}"])
+            told = method != "area" and len(gains) > 1
+            gain, seeds = (runs.signed(gains), runs.needed(gains, 0.5)) if told else ("", "")
+            cost = f"{rate['area'] / rate[method]:.2f}"
+            rows.append([model, method, f"{statistics.fmean(top1[method]):.2f}", gain, seeds, cost])
             points.append((mean, mean - half, mean + half))
         panels.append((model, [*top1], {"mean difference to area and its 95 % interval": points}))
-    head = ["model", "method", "top-1 %", "difference to area", "time of a step / area's"]
+    head = ["model", "method", "top-1 %", "difference to area", "seeds for ± 0.5", "time of a step / area's"]
     text = runs.table(head, rows)
     text += f"\n{len(sets.val)} validation images of {args.data}.{runs.made_of(args, sets)}\n"
     runs.write(args, "compare", text, runs.chart(panels, "top-1, percentage points", joined=False))

@@ -6,6 +6,7 @@ that is done is not done again, by whichever experiment, and one that was stoppe
 
 import argparse
 import contextlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -134,8 +135,9 @@ def settings(args, sets, model, method, seed, name="", **more):
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     s = script.parse(["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device])
     small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
-    more = {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **small, **more}
-    vars(s).update(bf16=True, **more)
+    vars(s).update(
+        {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **small, **more}
+    )
     script.recipe(s, side, len(sets.train))
     script.check(s, len(sets.train), 1)
     return s
@@ -218,16 +220,23 @@ def model_of(s, sets):
 # ---------------------------------------------------------------------------------------------------
 # Intervals, tables, charts.
 
-# 97.5 % points of Student's t for 1, 2, ... degrees of freedom; the last one serves for more.
-STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+
+def student(n):
+    """97.5 % point of Student's t for n degrees of freedom; from ten on its series, good to 0.003."""
+    z, table = 1.959964, [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+    return table[n - 1] if n < 10 else z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
 
 
 def interval(values):
     """Mean of a few runs and half the width of its 95 % interval (Student's t; nan for one run)."""
     n, mean = len(values), statistics.fmean(values)
-    if n < 2:
-        return mean, math.nan
-    return mean, STUDENT[min(n - 1, len(STUDENT)) - 1] * statistics.stdev(values) / math.sqrt(n)
+    return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+
+
+def needed(values, half):
+    """How many runs that spread as these do make half a 95 % interval that short."""
+    spread = statistics.stdev(values)
+    return next(n for n in itertools.count(2) if student(n - 1) * spread <= half * math.sqrt(n))
 
 
 def signed(values):

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -272,6 +273,11 @@ def test_an_interval_is_students():
     mean, half = runs.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(2.4843, abs=1e-3)
     assert runs.signed([1.5]) == "+1.50" and runs.signed([1.0, 2.0, 3.0]) == "+2.00 ± 2.48"
+    published = {1: 12.706, 9: 2.262, 10: 2.228, 23: 2.069, 60: 2.0}
+    assert all(runs.student(n) == pytest.approx(t, abs=3e-3) for n, t in published.items())
+    n = runs.needed(values := [0.3, -0.9, 1.4, 0.2], 0.5)
+    width = lambda n: runs.student(n - 1) * statistics.stdev(values) / n**0.5
+    assert width(n) <= 0.5 < width(n - 1)
 
 
 def test_attacks_stay_within_their_radius_and_raise_the_loss():

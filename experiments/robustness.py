@@ -15,7 +15,6 @@ by class, as in ImageNet-A and -R, or somewhere below, as in ImageNet-C. Where a
 the classes, the answer is the best one among them.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -270,7 +269,7 @@ def main():
     if not args.checkpoints:
         runs.train_all([(s, sets) for s in everything], args)
     few = runs.Part(sets.val, range(min(args.few or len(sets.val), len(sets.val))), 0)
-    sets = dataclasses.replace(sets, val=few)
+    sets = sets._replace(val=few)
     todo = [(s, sets, args.folders) for s in everything if not measured(s, sets, args.folders)]
     result = lambda s: f"mean of corruptions {measured(s, sets, args.folders)['mean of corruptions']:.2f} %"
     runs.side_by_side(measure, todo, args, len(everything), result)

@@ -55,10 +55,11 @@ def arguments(doc, **defaults):
         "data": ("shapes", "shapes, a torchvision set, or a folder, as for train.py"),
         "root": ("data", "folder that torchvision's sets are downloaded to"),
         "models": (["vit_micro", "swin_micro"], "which models"),
-        "images": (2000, "training images, chosen by chance; 0 for all"),
-        "val_images": (1000, "validation images, likewise"),
-        "epochs": (10, "passes over the training images"),
-        "batch_size": (64, "images a step"),
+        "images": (100, "training images, drawn by each seed; 0 for all"),
+        "passes": (100, "times that an epoch goes over them"),
+        "val_images": (0, "validation images, chosen by chance; 0 for all"),
+        "epochs": (1, "epochs, each with an evaluation"),
+        "batch_size": (50, "images a step"),
         "seeds": (3, "runs of each kind, with seeds from 0"),
         "jobs": (None, "runs side by side [one a core; 5 on a GPU]"),
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "where to train"),
@@ -70,11 +71,8 @@ def arguments(doc, **defaults):
         kind = str if isinstance(default, (str, list)) else int
         text = f"{help} [{default}]" if default is not None else help
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text, **many)
-    parser.add_argument(
-        "--full",
-        action="store_true",
-        help="DeiT-T and a Swin of like size, 100 epochs of all of CIFAR-10, five seeds: for a GPU",
-    )
+    full = "DeiT-T and a Swin of like size, 100 epochs of all of CIFAR-10, five seeds: for a GPU"
+    parser.add_argument("--full", action="store_true", help=full)
     return parser
 
 
@@ -83,7 +81,7 @@ def parsed(parser, **full):
     args = parser.parse_args()
     if args.full:
         parser.set_defaults(data="cifar10", models=["deit_tiny", "swin_5m"], images=0, val_images=0)
-        parser.set_defaults(epochs=100, batch_size=128, seeds=5, **full)
+        parser.set_defaults(passes=1, epochs=100, batch_size=128, seeds=5, **full)
         args = parser.parse_args()
     args.jobs = args.jobs or (5 if args.device == "cuda" else script.CPUS)
     return args
@@ -94,15 +92,13 @@ def open_part(args, classes=None, images=None):
     range, whose numbers then count from 0."""
     sets = data.open_sets(args.data, args.root)
     classes, parts = classes or range(len(sets.classes)), []
-    for name, part, most in (
-        ("train", sets.train, images or args.images),
-        ("val", sets.val, args.val_images),
-    ):
+    for name, part in (("train", sets.train), ("val", sets.val)):
+        most, passes = (images or args.images, args.passes) if name == "train" else (args.val_images, 1)
         order = torch.randperm(len(part), generator=data.generator("chosen", name)).tolist()
         if len(classes) < len(sets.classes):
             numbers = classes_of(part)
             order = [i for i in order if int(numbers[i]) in classes]
-        parts.append(Part(part, order[: most or None], classes.start))
+        parts.append(Part(part, order, classes.start, most, passes))
     return data.Sets(*parts, [sets.classes[i] for i in classes], sets.flip)
 
 
@@ -115,10 +111,16 @@ def classes_of(part):
 
 
 class Part(Dataset):
-    """Chosen images of a set, classes counted from `first`."""
+    """Most images of a pool of a set's, or all, each so many times; classes count from `first`."""
 
-    def __init__(self, dataset, indices, first):
-        self.dataset, self.indices, self.first = dataset, indices, first
+    def __init__(self, dataset, pool, first, most=0, times=1):
+        self.dataset, self.pool, self.first, self.most, self.times = dataset, pool, first, most, times
+        self.indices = [*pool[: most or None]] * times
+
+    def drawn(self, seed):
+        """As many of the pool, another choice for each seed."""
+        order = torch.randperm(len(self.pool), generator=data.generator("chosen", seed))
+        return Part(self.dataset, [self.pool[i] for i in order], self.first, self.most, self.times)
 
     def __len__(self):
         return len(self.indices)
@@ -131,21 +133,22 @@ class Part(Dataset):
 def settings(args, sets, model, method, seed, name="", **more):
     """The complete settings of one run. name: what is special about its sets."""
     side, epochs = data.native_size(sets.train), more.get("epochs", args.epochs)
-    folder = f"{Path(args.data).name}{name}-{len(sets.train)}x{epochs}-val{len(sets.val)}"
+    images = len(sets.train) // sets.train.times
+    folder = f"{Path(args.data).name}{name}-{images}x{sets.train.times}x{epochs}-val{len(sets.val)}"
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     s = script.parse(["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device])
+    out = f"{args.runs}/{folder}/{run}"
     small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
-    vars(s).update(
-        {"out": f"{args.runs}/{folder}/{run}", "epochs": epochs, **METHODS[method], **small, **more}
-    )
+    vars(s).update({"out": out, "epochs": epochs, **METHODS[method], **small, **more})
     script.recipe(s, side, len(sets.train))
     script.check(s, len(sets.train), 1)
     return s
 
 
 def train(s, sets):
-    """Train one run, in a process of the pool. What it prints goes to log.txt in its folder."""
-    out = Path(s.out)
+    """Train one run, in a process of the pool, on images that its seed draws. What it prints goes to log.txt
+    in its folder."""
+    out, sets = Path(s.out), sets._replace(train=sets.train.drawn(s.seed))
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
         script.train(s, sets, out)
@@ -176,10 +179,8 @@ def side_by_side(function, todo, args, of, result):
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()
                 s, left = futures[future], (time.perf_counter() - began) / count * (len(todo) - count) / 60
-                print(
-                    f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left",
-                    flush=True,
-                )
+                line = f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left"
+                print(line, flush=True)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -247,10 +248,9 @@ def signed(values):
 
 def made_of(args, sets, spread="± is half the 95 % interval over seeds"):
     """A sentence on what was trained, and how the table shows what chance does."""
-    return (
-        f" Models of {args.epochs} epochs of {len(sets.train)} training images, seeds 0 to {args.seeds - 1}; "
-        f"{spread}."
-    )
+    images, passes = len(sets.train) // sets.train.times, args.epochs * sets.train.times
+    each = f"that each seed draws, seeds 0 to {args.seeds - 1}"
+    return f" Models of {passes} passes over {images} training images {each}; {spread}."
 
 
 def table(head, rows):
@@ -325,8 +325,7 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
                 out.append(f'<polyline points="{line}" fill="none" stroke="{paint}" stroke-width="1.5"/>')
             for at, v, least, most in here:
                 if math.isfinite(least):
-                    out.append(
-                        f'<path d="M{at:.1f} {y(least)}V{y(most)}" stroke="{paint}" stroke-width="2"/>'
-                    )
+                    bar = f'<path d="M{at:.1f} {y(least)}V{y(most)}" stroke="{paint}" stroke-width="2"/>'
+                    out.append(bar)
                 out.append(f'<circle cx="{at:.1f}" cy="{y(v)}" r="3" fill="{paint}"/>')
     return "\n".join([*out, "</svg>\n"])

@@ -31,7 +31,7 @@ import transfer
 import variants
 
 EXPERIMENTS = Path(runs.__file__).parent
-SMALL = ["--epochs", 1, "--images", 40, "--val-images", 20, "--batch-size", 20]
+SMALL = ["--epochs", 1, "--images", 40, "--passes", 1, "--val-images", 20, "--batch-size", 20]
 
 
 def command(tmp_path, name, *args):
@@ -203,7 +203,7 @@ def test_variants_are_held_against_the_same_truth(here):
 
 def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
-    args = argparse.Namespace(data="shapes", root="data", images=30, val_images=0)
+    args = argparse.Namespace(passes=1, data="shapes", root="data", images=30, val_images=0)
     sets = runs.open_part(args, range(5, 10))
     assert sets.classes == data.SHAPES[5:] and len(sets.train) == 30
     assert {sets.train[i][1] for i in range(30)} <= set(range(5))

@@ -319,11 +319,11 @@ class Stream:
                         raise Ended(f"{count} of {n} images cannot be decoded, more than one in a hundred")
                 images, targets = (t.to(self.s.device, non_blocking=True) for t in (images, targets))
                 yield images.movedim(-1, 1).contiguous(), targets
-        except (OSError, RuntimeError) as e:  # a worker was killed, or has no memory or files to share
+        except (EOFError, OSError, RuntimeError) as e:  # a worker was killed, or lacks memory or files
             sys.unraisablehook = lambda error: None  # torch fails to end workers if it failed to start one
             for worker in multiprocessing.active_children():
                 worker.kill()
-            line = f"the workers bring no more images: {str(e).splitlines()[-1]}"
+            line = f"the workers bring no more images: {(str(e) or repr(e)).splitlines()[-1]}"
             raise Ended(f"{line}; fewer --workers or more shared memory (--shm-size) may help", 1) from e
 
 

@@ -121,11 +121,11 @@ def recipe(s, side, images):
     large, cuda = vars(s).get("img_size", side) > data.SMALL, s.device == "cuda"
     patch_size = fill("patch_size", (4 if swin_like else 16) if large else (2 if swin_like else 4))
     fill("img_size", math.ceil(side / patch_size) * patch_size)
-    fill("epochs", 4 if s.data == "shapes" else 30 if tune else 300 if large else 100)
-    usual = 64 if s.data == "shapes" else 1024 if large else 128
-    fill("batch_size", max(2, min(usual, images // 20 // 2 * 2)))  # some steps an epoch
+    fill("epochs", 2 if s.data == "shapes" else 30 if tune else 300 if large else 100)
+    usual = vars(s).get("batch_size", 64 if s.data == "shapes" else 1024 if large else 128)
+    fill("batch_size", max(2, min(usual, images // 20 // 2 * 2)))  # some steps an epoch, at the usual rate
     fill("micro_batch", 32 if large and not cuda else 0)
-    lr = 5e-4 * s.batch_size / 512 if large else 3e-3 if micro else 1e-3 * s.batch_size / 128
+    lr = 5e-4 * usual / 512 if large else 3e-3 if micro else 1e-3 * usual / 128
     fill("lr", lr / (100 if tune and s.img_size > 224 else 10 if tune and large else 1))
     fill("warmup", min(20 if swin_like else 5, s.epochs / 10))
     fill("weight_decay", 1e-8 if tune else 0.05)
@@ -137,8 +137,7 @@ def recipe(s, side, images):
     fill("workers", min(CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
     fill("bf16", cuda)
     fill("compile", cuda)
-    norm = "-norm" * (s.residual == "norm")
-    fill("out", f"runs/{Path(s.data).name}-{s.model}-{s.mix}-{s.targets}{norm}")
+    fill("out", f"runs/{Path(s.data).name}-{s.model}-{s.mix}-{s.targets}{'-norm' * (s.residual == 'norm')}")
     return s
 
 

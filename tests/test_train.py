@@ -292,7 +292,7 @@ def test_the_recipe_for_fine_tuning_is_deits():
     assert (s.epochs, s.weight_decay) == (30, 1e-8) and s.lr == pytest.approx(5e-6 * 1024 / 512)
     assert script.build(s, 10).layers[0].blocks[0].window == 12
     other_classes = script.recipe(settings(*tune), side=224, images=10_000)
-    assert other_classes.lr == pytest.approx(5e-5 * other_classes.batch_size / 512)
+    assert other_classes.lr == pytest.approx(5e-5 * 1024 / 512) and other_classes.batch_size == 500
     small = settings(*tune, "--model", "swin_micro")
     assert script.recipe(small, side=32, images=5000).lr == 3e-3  # as from scratch
 
@@ -311,19 +311,26 @@ def test_a_launchers_variables_that_are_set_in_part_end_in_one_line(train, monke
     one_line(train(), ", ".join(given), "torchrun", "unset")
 
 
-def test_a_missing_compiler_ends_in_one_line(train, folder, tmp_path, monkeypatch):
-    monkeypatch.setenv("CXX", "/nowhere/g++")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    torch.compiler.reset()
-    done = train("--data", folder, *TINY, "--compile")
-    assert done.status == 1 and "--no-compile" in done.err and len(done.err.splitlines()) == 1
+def test_a_missing_compiler_ends_in_one_line(folder, tmp_path, start):
+    env = {"CXX": "/nowhere/g++", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    run = start(1, "--data", folder, *TINY, "--compile", env=env)
+    assert run.wait(timeout=200) == 1
+    assert "error: torch.compile failed, --no-compile does without" in run.log.read_text().splitlines()[-1]
+    assert "Traceback" not in run.log.read_text()
 
 
 def test_a_small_set_of_large_images_is_told_of_init(train, folder):
     args = ("--data", folder, *TINY, "--img-size", 80)
     assert "--init FILE" in train(*args, "--out", "run").out
     assert "--init FILE" not in train(*args, "--out", "other", "--init", "run/last.pt").out
+
+
+def test_a_small_set_has_smaller_batches_and_not_a_smaller_rate():
+    scratch = ("--data", "set", "--device", "cpu")
+    s = script.recipe(settings(*scratch), side=224, images=3000)
+    assert (s.batch_size, s.lr) == (150, 1e-3)
+    s = script.recipe(settings(*scratch, "--batch-size", 256), side=224, images=3000)
+    assert (s.batch_size, s.lr) == (256, 2.5e-4)  # the paper's rule for a batch that is given
 
 
 def test_a_full_gpu_and_ctrl_c_end_in_one_line(train, monkeypatch):

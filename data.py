@@ -33,7 +33,7 @@ from torchvision.transforms.v2 import functional as TF
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as DeiT and Swin use
 SMALL = 64  # images up to this many pixels a side are small: held whole, augmented lightly
 PART = 48  # images that a worker brings at a time: several workers then fill one batch
-FORMATS = (*IMG_EXTENSIONS, ".gif", ".jfif", ".avif")  # files of other names are no images
+FORMATS = (*IMG_EXTENSIONS, ".gif", ".jfif")  # files of other names are no images
 
 
 class Ended(Exception):
@@ -61,8 +61,9 @@ def bring(x, device):
 
 def tell(line, stream="stdout"):
     """Print a line. That nobody can read it is no reason to end a run: a stream that fails is let go."""
+    code = getattr(getattr(sys, stream), "encoding", None) or "utf-8"
     try:
-        print(line.encode(errors="backslashreplace").decode(), file=getattr(sys, stream), flush=True)
+        print(line.encode(code, "backslashreplace").decode(code), file=getattr(sys, stream), flush=True)
     except (OSError, ValueError):
         setattr(sys, stream, None)
 
@@ -152,9 +153,7 @@ def open_folder(path):
         reason = str(e).split("] ")[-1].split(" Supported")[0]
         raise Ended(f"{reason}; --data takes a folder of train/CLASS/ and val/CLASS/, or {[*NAMES]}") from e
     if odd := sorted(set(train.classes) ^ set(val.classes)):
-        raise Ended(
-            f"a class {odd[0]!r} is in only one of {path}/train and val/; {len(odd)} are so, none must"
-        )
+        raise Ended(f"class {odd[0]!r} is in only one of {path}/train and val/; {len(odd)} are so, none must")
     return Sets(train, val, train.classes)
 
 
@@ -184,10 +183,11 @@ def decode(path):
         content = torch.from_numpy(np.fromfile(path, np.uint8))
         return torchvision.io.decode_jpeg(content, "RGB", apply_exif_orientation=True)
     except RuntimeError:
-        with Image.open(path) as image:
-            if image.mode[0] == "I":  # 16 bits a pixel, which Pillow would cut off at 255
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)
+            if image.mode[0] in "IF":  # 16 bits, which Pillow would cut off at 255; floats fail
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-            return TF.pil_to_tensor(ImageOps.exif_transpose(image).convert("RGB"))
+            return TF.pil_to_tensor(image.convert("RGB"))
 
 
 def native_size(dataset):
@@ -223,8 +223,7 @@ def center_crop(image, size):
     short = size if size <= SMALL else int(size / 0.875)
     most = 4 * min(image.shape[-2:])  # of a very long image, resized whole, memory could be too small
     image = TF.center_crop(image, [min(side, most) for side in image.shape[-2:]])
-    image = TF.resize(image, [short], TF.InterpolationMode.BICUBIC)
-    return TF.center_crop(image, [size, size])
+    return TF.center_crop(TF.resize(image, [short], TF.InterpolationMode.BICUBIC), [size, size])
 
 
 class Crops(Dataset):
@@ -264,11 +263,10 @@ def epoch_order(n, seed, epoch, repeats=1):
 
 
 class Stream:
-    """The batches of a run over sets that are read from files: workers decode and crop, ahead of the device.
-    They are started once, with all that is left of the run to do, in its order: so the next epoch is
-    decoded while this one is evaluated. `epoch` and `whole` take turns, from any point of the run on.
-    s: the settings of the run. rows, share: slices, of which images of a batch and of the set to validate
-    on are this process's. What can't be decoded is named, kept in `bad` and replaced by the next image."""
+    """The batches of a run over sets that are read from files. Workers, started once, decode and crop all
+    that is left of the run in its order, ahead of the device: the next epoch while one is evaluated. `epoch`
+    and `whole` take turns. s: settings of the run. rows, share: slices, of which images of a batch and of the
+    set to validate on are this process's. What can't be decoded is named, kept in `bad` and replaced."""
 
     def __init__(self, sets, s, rows=slice(None), share=slice(None)):
         self.sets, self.s, self.rows, self.share = sets, s, rows, share
@@ -320,6 +318,8 @@ class Stream:
                 images, targets = (t.to(self.s.device, non_blocking=True) for t in (images, targets))
                 yield images.movedim(-1, 1).contiguous(), targets
         except (EOFError, OSError, RuntimeError) as e:  # a worker was killed, or lacks memory or files
+            if "CUDA" in str(e) or not self.s.workers:  # of the device, or no worker's
+                raise
             sys.unraisablehook = lambda error: None  # torch fails to end workers if it failed to start one
             for worker in multiprocessing.active_children():
                 worker.kill()
@@ -327,7 +327,7 @@ class Stream:
             raise Ended(f"{line}; fewer --workers or more shared memory (--shm-size) may help", 1) from e
 
 
-def begin_worker(number):
+def begin_worker(_):
     """A signal to all processes is for the training script to answer; SIGTERM gives it half a minute. A part
     that can't be sent ends the worker, which is noticed: it would be waited for."""
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
@@ -385,8 +385,8 @@ def augment(images, rand, flip=True, full=True):
 
 @functools.cache
 def constants(side, device):
-    """MEAN and STD, (3, 1, 1) each, and normal noise (3, side, side) that erasing rolls (a draw a pixel would
-    depend on the device), brought to the device once: a copy a step would wait for it."""
+    """MEAN and STD, (3, 1, 1) each, and normal noise (3, side, side) that erasing rolls: drawn on the CPU, as
+    devices differ, and brought to the device once, as a copy a step would wait for it."""
     noise = torch.randn(3, side, side, generator=generator("erase"))
     return [t.to(device) for t in (*torch.tensor([MEAN, STD]).view(2, 3, 1, 1), noise)]
 
@@ -425,7 +425,9 @@ RAND_AUGMENT = [
     lambda x, m, s: blend(x, TF.adjust_saturation(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, TF.adjust_contrast(x, 0), 1 + 0.9 * s),
     lambda x, m, s: blend(x, torch.zeros_like(x), 1 + 0.9 * s),  # brightness
-    lambda x, m, s: blend(x, TF.adjust_sharpness(x, 0), 1 + 0.9 * s),
+    lambda x, m, s: blend(  # sharpness: PIL smooths by (9 mean + 4 x) / 13, and leaves the border
+        x, x + F.pad(F.avg_pool2d(x.float(), 3, 1) - x[..., 1:-1, 1:-1], (1,) * 4), 1 + 8.1 / 13 * s
+    ),
     lambda x, m, s: warp(x, s, (r := s * math.pi / 6).cos(), -r.sin(), 0, r.sin(), r.cos(), 0),
     lambda x, m, s: warp(x, s, 1, 0.3 * s, 0.3 * s, 0, 1, 0),  # shear along x
     lambda x, m, s: warp(x, s, 1, 0, 0, 0.3 * s, 1, 0.3 * s),  # shear along y
@@ -456,13 +458,12 @@ def random_erase(images, rand, r):
     images: (B, 3, S, S), normalised. rand, r: (B, 7), as for `rand_augment`."""
     side, count = images.shape[-1], int((rand[:, 0] < 0.25).sum())
     i = (r[:, 0] >= 0.25).int().argsort(stable=True)[:count]
-    area, shape, corner, shift = r[i, 1], r[i, 2], r[i, 3:5], r[i, 5:]
-    area, ratio = 0.02 + area * (1 / 3 - 0.02), 0.3 ** (2 * shape - 1)
+    area, ratio = 0.02 + r[i, 1] * (1 / 3 - 0.02), 0.3 ** (2 * r[i, 2] - 1)
     size = torch.stack([area * ratio, area / ratio], dim=1).sqrt()
     size = (size * side).round().clamp(max=side - 1)  # (erased, 2): height and width
-    start, at = (corner * (side - size + 1)).floor(), torch.arange(side, device=images.device)
+    start, at = (r[i, 3:5] * (side - size + 1)).floor(), torch.arange(side, device=images.device)
     rows, cols = ((at >= start[..., None]) & (at < (start + size)[..., None])).unbind(1)  # (erased, side)
-    y, x = (((shift * side).long()[..., None] + at) % side).unbind(1)
+    y, x = (((r[i, 5:] * side).long()[..., None] + at) % side).unbind(1)
     noise = constants(side, images.device)[2][:, y[:, :, None], x[:, None, :]]  # (3, erased, side, side)
     images = images.clone()
     images[i] = torch.where(rows[:, None, :, None] & cols[:, None, None, :], noise.transpose(0, 1), images[i])

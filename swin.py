@@ -218,10 +218,10 @@ class Swin(nn.Module):
         self.norm = nn.LayerNorm(dim * 2**last)
         self.head = nn.Linear(dim * 2**last, num_classes)
         wide = dim >= 96  # as Swin starts; narrow layers want larger weights, and keep torch's own
-        for name, p in self.named_parameters() if wide else ():
-            if p.dim() == 2:
+        for name, p in self.named_parameters():
+            if wide and p.dim() == 2:
                 nn.init.trunc_normal_(p, std=0.02)
-            elif name.endswith("bias") and "patch_embed.proj" not in name:
+            elif wide and name.endswith("bias") and "patch_embed.proj" not in name:
                 nn.init.zeros_(p)
 
     def forward(self, images, labels=None, *, rand=None):

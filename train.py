@@ -43,7 +43,7 @@ SWINS = [swin.swin_micro, swin.swin_tiny, swin.swin_small, swin.swin_base]
 MODELS = {make.__name__: make for make in VITS + SWINS}
 CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 # A run that is continued may differ in these alone.
-FREE = {*"data root micro_batch workers device compile save_minutes out resume eval".split()}
+FREE = set("data root micro_batch workers device compile save_minutes out resume eval".split())
 pair = lambda s: 1 if s.mix == "none" else 2  # images that a cut through a batch must not part
 LOG_SECONDS = 5  # between two lines of the log, about; so long may many processes take to answer a signal
 
@@ -103,7 +103,7 @@ def parse(argv):
     s = parser.parse_args(argv)
     if s.eval:
         saved = read_checkpoint(s.eval).get("settings", {})
-        known = {action.dest for action in parser._actions} - FREE | {"data"}
+        known = {action.dest for action in parser._actions} - (FREE - {"data"})
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
     s = parser.parse_args(argv)
     if "" in vars(s).values():
@@ -271,7 +271,7 @@ def load_weights(model, saved, path, classes, new_head=False):
     names, head = saved["classes"] if "sums" in saved else classes, ["head.weight", "head.bias"]
     if sorted(names) == sorted(classes) and len(state.get(head[0], [])) == len(classes):
         row = {name: i for i, name in enumerate(names)}
-        state |= {k: state[k][[row[name] for name in classes]] for k in head}
+        state |= {k: state[k][[row[name] for name in classes]] for k in head if k in state}
     elif new_head:
         say(f"{path} has no head for these {len(classes)} classes, a new one is trained")
         state |= {k: own[k] for k in head}
@@ -448,9 +448,9 @@ def train(s, sets, out):
                     mine = [asked(), due, (now - since) / world(), waited / world(), *losses]
                     stop, due, seconds, waited, *losses = map(sum, zip(*from_processes(mine)))
                     for at, loss in enumerate(losses, step - len(losses)):
+                        sums[0] += loss  # if it is not finite, the handler below saves nothing
                         if not math.isfinite(loss):
                             raise agreed(f"the loss is {loss} at step {at}; try a lower --lr or --clip 1", 1)
-                        sums[0] += loss
                     sums[1:] = sums[1] + seconds, sums[2] + waited
                     rate, loss = len(losses) / seconds, sum(losses) / len(losses)  # rate: of steps
                     say(
@@ -466,7 +466,7 @@ def train(s, sets, out):
                         written.result()
                         code = 128 + (asked() or signal.SIGTERM)
                         raise agreed(f"stopped after step {step}: the same command goes on from there", code)
-            except Exception:  # a worker is gone, say, or another process: what is done is kept
+            except Exception:  # a worker is gone, say, or, as Gloo tells, another process: keep what is done
                 sums[0] += world() * sum(loss.item() for loss in pending)  # about: others have their parts
                 if step > kept and math.isfinite(sums[0]):
                     save(last)

@@ -1,13 +1,13 @@
 """Which way to mix, and to label the mix, trains the better model (the paper's Table 1).
 
     python experiments/compare.py                                    # built-in images, minutes on a CPU
-    python experiments/compare.py --data cifar10 --images 5000 --seeds 5              # an hour on a CPU
+    python experiments/compare.py --data cifar10 --images 100 --batch-size 50 --seeds 24     # hours
     python experiments/compare.py --full                                                     # on a GPU
 
 No mixing, Mixup, and CutMix with four targets: the area, TransMix (ViT only), TL-Align, and TL-Align with
-residuals weighed by their norms; each with the same model, images, schedule and seeds. A seed sets the
-weights at the start, the order, the crops and the boxes alike for every method, so each method is held
-against the area target seed by seed: the table gives the mean difference with its 95 % interval over
+residuals weighed by their norms; each with the same model, schedule and seeds. A seed draws the images and
+sets the weights at the start, the order, the crops and the boxes alike for every method, so each method is
+held against the area target seed by seed: the table gives the mean difference with its 95 % interval over
 seeds, and how many seeds would tell a difference of half a point. Accuracy is that of the last epoch. Time
 is that of the fastest epoch of all seeds beside the area's; runs go side by side, so it is within some
 percent (`experiments/cost.py` measures it closely).

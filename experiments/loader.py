@@ -107,7 +107,7 @@ def main():
             crop = crops["train", i, ("picture", i)][0].movedim(-1, 0)
             many = crop.expand(9, -1, -1, -1)
             augmented = data.augment(many, data.uniform((9, 16), "picture", i))
-            mean, std, _ = data.constants(224, augmented.device)
+            mean, std, _ = data.constants(args.size, augmented.device)
             rows += [crop[None] / 255, (augmented * std + mean).clamp(0, 1)]
         args.out.mkdir(parents=True, exist_ok=True)
         save_image(torch.cat(rows), args.out / "augmented.png", nrow=10)

@@ -2,7 +2,7 @@
 (the paper's Figure 4 and its token fluctuation).
 
     python experiments/mixing_ratio.py                                  # built-in images, minutes on a CPU
-    python experiments/mixing_ratio.py --data cifar10 --images 5000 --seeds 5     # runs of compare.py, too
+    python experiments/mixing_ratio.py --data cifar10 --images 100 --batch-size 50     # runs of compare.py
 
 Validation images are mixed by CutMix and shown to models trained with the area target and with aligned
 ones. Area, TransMix (ViT only), TL-Align and TL-Align with residuals weighed by norm each say what share

@@ -1,7 +1,7 @@
 """What aligned targets do for a model's robustness and calibration, beside the area target (Table 5).
 
     python experiments/robustness.py                            # trains what is needed, minutes on a CPU
-    python experiments/robustness.py --data cifar10 --images 5000 --seeds 5       # runs of compare.py, too
+    python experiments/robustness.py --data cifar10 --images 100 --batch-size 50       # runs of compare.py
     python experiments/robustness.py --data /imagenet --checkpoints area/best.pt tl_align/best.pt \\
         --folders /imagenet-a /imagenet-r /imagenet-c                         # the first is the baseline
 

@@ -55,11 +55,11 @@ def arguments(doc, **defaults):
         "data": ("shapes", "shapes, a torchvision set, or a folder, as for train.py"),
         "root": ("data", "folder that torchvision's sets are downloaded to"),
         "models": (["vit_micro", "swin_micro"], "which models"),
-        "images": (100, "training images, drawn by each seed; 0 for all"),
+        "images": (60, "training images, drawn by each seed; 0 for all"),
         "passes": (100, "times that an epoch goes over them"),
         "val_images": (0, "validation images, chosen by chance; 0 for all"),
         "epochs": (1, "epochs, each with an evaluation"),
-        "batch_size": (50, "images a step"),
+        "batch_size": (30, "images a step"),
         "seeds": (3, "runs of each kind, with seeds from 0"),
         "jobs": (None, "runs side by side [one a core; 5 on a GPU]"),
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "where to train"),
@@ -87,18 +87,19 @@ def parsed(parser, **full):
     return args
 
 
-def open_part(args, classes=None, images=None):
-    """The sets of --data, of as many images as are wanted, chosen by chance, and of the classes in the
-    range, whose numbers then count from 0."""
+def open_part(args, classes=None, images=None, passes=None):
+    """The sets of --data, of as many images as are wanted, chosen by chance, each so many times, and of the
+    classes in the range, whose numbers then count from 0."""
     sets = data.open_sets(args.data, args.root)
     classes, parts = classes or range(len(sets.classes)), []
     for name, part in (("train", sets.train), ("val", sets.val)):
-        most, passes = (images or args.images, args.passes) if name == "train" else (args.val_images, 1)
+        train = images or args.images, passes or args.passes
+        most, times = train if name == "train" else (args.val_images, 1)
         order = torch.randperm(len(part), generator=data.generator("chosen", name)).tolist()
         if len(classes) < len(sets.classes):
             numbers = classes_of(part)
             order = [i for i in order if int(numbers[i]) in classes]
-        parts.append(Part(part, order, classes.start, most, passes))
+        parts.append(Part(part, order, classes.start, most, times))
     return data.Sets(*parts, [sets.classes[i] for i in classes], sets.flip)
 
 
@@ -111,7 +112,7 @@ def classes_of(part):
 
 
 class Part(Dataset):
-    """Most images of a pool of a set's, or all, each so many times; classes count from `first`."""
+    """The first images of a pool, `most` or all (0), each `times` times; classes count from `first`."""
 
     def __init__(self, dataset, pool, first, most=0, times=1):
         self.dataset, self.pool, self.first, self.most, self.times = dataset, pool, first, most, times
@@ -119,7 +120,7 @@ class Part(Dataset):
 
     def drawn(self, seed):
         """As many of the pool, another choice for each seed."""
-        order = torch.randperm(len(self.pool), generator=data.generator("chosen", seed))
+        order = torch.randperm(len(self.pool), generator=data.generator("chosen", seed)).tolist()
         return Part(self.dataset, [self.pool[i] for i in order], self.first, self.most, self.times)
 
     def __len__(self):
@@ -133,8 +134,8 @@ class Part(Dataset):
 def settings(args, sets, model, method, seed, name="", **more):
     """The complete settings of one run. name: what is special about its sets."""
     side, epochs = data.native_size(sets.train), more.get("epochs", args.epochs)
-    images = len(sets.train) // sets.train.times
-    folder = f"{Path(args.data).name}{name}-{images}x{sets.train.times}x{epochs}-val{len(sets.val)}"
+    times, most = sets.train.times, len(sets.train) // sets.train.times
+    folder = f"{Path(args.data).name}{name}-{most}x{times}x{epochs}-b{args.batch_size}-val{len(sets.val)}"
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     s = script.parse(["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device])
     out = f"{args.runs}/{folder}/{run}"
@@ -146,8 +147,7 @@ def settings(args, sets, model, method, seed, name="", **more):
 
 
 def train(s, sets):
-    """Train one run, in a process of the pool, on images that its seed draws. What it prints goes to log.txt
-    in its folder."""
+    """Train one run, in a process of the pool, on images that its seed draws. It prints to its log.txt."""
     out, sets = Path(s.out), sets._replace(train=sets.train.drawn(s.seed))
     out.mkdir(parents=True, exist_ok=True)
     with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
@@ -218,8 +218,7 @@ def model_of(s, sets):
     return model.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------
-# Intervals, tables, charts.
+# --- Intervals, tables, charts.
 
 
 def student(n):
@@ -249,7 +248,7 @@ def signed(values):
 def made_of(args, sets, spread="± is half the 95 % interval over seeds"):
     """A sentence on what was trained, and how the table shows what chance does."""
     images, passes = len(sets.train) // sets.train.times, args.epochs * sets.train.times
-    each = f"that each seed draws, seeds 0 to {args.seeds - 1}"
+    each = f"{'that each seed draws, ' * bool(args.images)}seeds 0 to {args.seeds - 1}"
     return f" Models of {passes} passes over {images} training images {each}; {spread}."
 
 

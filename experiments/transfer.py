@@ -1,7 +1,7 @@
 """Does pre-training with aligned targets carry over to other classes? (the paper's Table 4)
 
     python experiments/transfer.py                                      # built-in images, minutes on a CPU
-    python experiments/transfer.py --data cifar10 --images 10000 --seeds 5
+    python experiments/transfer.py --data cifar10 --images 5000
 
 Models are trained on the first half of a set's classes, with the area target and with aligned targets,
 and then, by `--init`, with a new head on a few images of the other half. That second training mixes
@@ -16,13 +16,13 @@ TRAINED = ("area", "TL-Align")
 
 
 def main():
-    parser = runs.arguments(__doc__, images=4000)
-    parser.add_argument("--few", type=int, default=500, help="images of the other half to train on [500]")
-    parser.add_argument("--tune-epochs", type=int, default=20, help="passes over those [20]")
+    parser = runs.arguments(__doc__, images=2000, passes=5)
+    parser.add_argument("--few", type=int, default=60, help="images of the other half to train on [60]")
+    parser.add_argument("--tune-passes", type=int, default=100, help="times to go over those [100]")
     args = runs.parsed(parser)
     number = len(script.data.open_sets(args.data, args.root).classes)
     first = runs.open_part(args, range(number // 2))
-    second = runs.open_part(args, range(number // 2, number), args.few)
+    second = runs.open_part(args, range(number // 2, number), args.few, args.tune_passes)
 
     before = {
         (model, way, seed): runs.settings(args, first, model, way, seed, "-first-half")
@@ -35,8 +35,7 @@ def main():
     for (model, way, seed), s in before.items():
         for start, init in (("from scratch", None), (way, f"{s.out}/last.pt")):
             name = f"-second-half-{start.lower().replace(' ', '-')}"
-            more = {"init": init, "epochs": args.tune_epochs}
-            after[model, start, seed] = runs.settings(args, second, model, "no mixing", seed, name, **more)
+            after[model, start, seed] = runs.settings(args, second, model, "no mixing", seed, name, init=init)
     runs.train_all([(s, second) for s in after.values()], args)
 
     rows, panels = [], []
@@ -55,7 +54,7 @@ def main():
     text = runs.table(["model", "pre-trained with", "top-1 %", "difference to area"], rows)
     text += (
         f"\n{len(second.val)} validation images of {args.data}, of classes {second.classes[0]} to "
-        f"{second.classes[-1]}; {args.tune_epochs} epochs of {len(second.train)} training images of theirs."
+        f"{second.classes[-1]}; {args.tune_passes} passes over {args.few} training images of theirs."
         f"{runs.made_of(args, first)}\n"
     )
     chart = runs.chart(panels, "top-1 %, other classes", joined=False)

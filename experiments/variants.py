@@ -1,7 +1,7 @@
 """Two ideas that the main files leave out, held against the truth of `mixing_ratio.py`.
 
     python experiments/variants.py                                      # built-in images, minutes on a CPU
-    python experiments/variants.py --data cifar10 --images 5000 --seeds 5         # runs of compare.py, too
+    python experiments/variants.py --data cifar10 --images 100 --batch-size 50         # runs of compare.py
 
 three images   Two boxes from two other images. Labels carry three shares a token; the rule is the same.
 drop path      Where stochastic depth (rate 0.2) drops the attention of a sample, its tokens stay where they

@@ -174,10 +174,10 @@ def test_files_are_read_by_what_they_hold_and_not_by_their_name(tmp_path):
     assert data.decode(tmp_path / "turned.jpg").shape == (3, 30, 20)
 
 
-@pytest.mark.parametrize("kind", ["bmp", "tif", "ppm", "gif", "png", "webp", "jfif"])
+@pytest.mark.parametrize("kind", ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"])
 def test_every_format_that_is_looked_for_is_read(tmp_path, kind):
-    colour = torch.tensor([200, 100, 50], dtype=torch.uint8)
-    image = TF.to_pil_image(colour.view(3, 1, 1).expand(3, 20, 30))
+    colour = torch.tensor([100, 100, 100] if kind == "pgm" else [200, 100, 50], dtype=torch.uint8)
+    image = TF.to_pil_image(colour.view(3, 1, 1).expand(3, 20, 30)).convert("L" if kind == "pgm" else "RGB")
     more = {"save_all": True, "append_images": [image.rotate(90)]} if kind in ("gif", "webp") else {}
     for part in ("train", "val"):  # a class whose name is no text
         at = os.fsencode(tmp_path) + b"/set/" + part.encode() + b"/caf\xe9"

@@ -189,7 +189,7 @@ def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, f
 
 
 def test_transfer_trains_on_one_half_of_the_classes_and_then_on_the_other(here, tmp_path):
-    _, text = here(transfer, "--models", "vit_micro", "--few", 20, "--tune-epochs", 1)
+    _, text = here(transfer, "--models", "vit_micro", "--few", 20, "--tune-passes", 1)
     assert "| vit_micro | from scratch |" in text and "of classes checks to rings" in text
     config = json.loads(next(tmp_path.rglob("shapes-second-half-area*/*/config.json")).read_text())
     assert "shapes-first-half" in config["init"] and "-area-0/last.pt" in config["init"]

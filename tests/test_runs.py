@@ -228,11 +228,22 @@ def test_a_worker_that_is_killed_ends_the_run_soon_and_no_step_is_lost(folder, t
     assert_equal(weights(tmp_path / "whole"), weights(tmp_path / "run"))
 
 
+def shell(tmp_path, line):
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True)
+
+
+def test_too_few_files_for_the_workers_end_the_run_in_one_line(folder, tmp_path):
+    command = [sys.executable, "-W", "ignore", script.__file__, "--data", folder, *RUN, "--workers", 16]
+    done = shell(tmp_path, f"ulimit -n 40; {shlex.join(map(str, [*command, '--img-size', 80]))}")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert "Too many open files" in done.stderr and "fewer --workers" in done.stderr
+
+
 @pytest.mark.parametrize("reader", ["", "| head -n 1", "> /dev/full", ">&- 2>&-"])
 def test_a_run_whose_log_has_no_reader_goes_on(folder, tmp_path, reader):
     command = [sys.executable, script.__file__, "--data", folder, *RUN, "--workers", 0, "--out", "run"]
-    line = f"set -o pipefail; {shlex.join(map(str, command))} {reader}"
-    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True)
+    done = shell(tmp_path, f"set -o pipefail; {shlex.join(map(str, command))} {reader}")
     assert done.returncode == 0 and done.stderr == ""
     assert len(history(tmp_path / "run")) == 4
 
@@ -293,6 +304,8 @@ def test_a_step_reads_nothing_from_its_device_and_copies_only_its_random_numbers
     images = torch.zeros(64, 3, 32, 32, dtype=torch.uint8, device="meta")
     targets = torch.zeros(64, dtype=torch.long, device="meta")
     for at in range(3):  # the first brings constants to the device
+        if at == 1:
+            monkeypatch.setattr(torch, "tensor", None)  # which would copy, unseen by the mode, and wait
         with CopiesToDevice() as copies:
             trainer.step(images, targets, at, 100)
     assert copies.count == 2  # for augmentation, and for mixing and drop path

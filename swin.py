@@ -119,9 +119,9 @@ class WindowAttention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, window, shifted, fused=None, residual="half"):
+    def __init__(self, dim, heads, window, shifted, fused=None):
         super().__init__()
-        self.window, self.shifted, self.residual = window, shifted, residual
+        self.window, self.shifted = window, shifted
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, heads, window, fused)
         self.norm2 = nn.LayerNorm(dim)
@@ -137,14 +137,12 @@ class Block(nn.Module):
         mask = window_mask(size, window, shift, x.device)
 
         moved = to_windows(self.norm1(x), window, shift)
-        aligned = to_windows(labels, window, shift)
-        moved, aligned = self.attn(moved, aligned, mask)  # tokens and labels move together
+        labels = to_windows(labels, window, shift)
+        moved, labels = self.attn(moved, labels, mask)  # tokens and labels move together
         moved = from_windows(moved, window, shift, size)
-        aligned = from_windows(aligned, window, shift, size)
+        labels = from_windows(labels, window, shift, size)
 
-        if labels is not None:
-            labels = tl_align.weigh(labels, aligned, x, moved) if self.residual == "norm" else aligned
-        x = x + keep[0] * moved
+        x = x + keep[0] * moved  # the labels' half of this residual is in `tl_align.align`
         x = x + keep[1] * self.mlp(self.norm2(x))  # token by token: labels stay
         return x, labels
 
@@ -169,11 +167,9 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    def __init__(self, dim, depth, heads, window, merge, fused=None, residual="half"):
+    def __init__(self, dim, depth, heads, window, merge, fused=None):
         super().__init__()
-        self.blocks = nn.ModuleList(
-            Block(dim, heads, window, i % 2 == 1, fused, residual) for i in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(dim, heads, window, i % 2 == 1, fused) for i in range(depth))
         self.downsample = PatchMerging(dim) if merge else None
 
 
@@ -181,8 +177,7 @@ class Swin(nn.Module):
     """patch_size is in pixels; dim the width of a token in the first stage, doubled with each;
     depths and heads have an entry a stage; window is in tokens; drop_path the rate of the last block
     (it grows from 0). img_size, in pixels, is only a size to expect: maps of any size are taken.
-    fused: see `WindowAttention`. residual: how much of a label an attention replaces, "half" as in the
-    paper, or "norm", see `tl_align.weigh`.
+    fused: see `WindowAttention`.
 
     Raises ValueError when patches do not tile an image of img_size.
     """
@@ -198,13 +193,10 @@ class Swin(nn.Module):
         window=7,
         drop_path=0.0,
         fused=None,
-        residual="half",
     ):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"patches of {patch_size} px do not tile an image of {img_size} px")
-        if residual not in ("half", "norm"):
-            raise ValueError(f'residual is "half" or "norm", got {residual!r}')
         self.img_size, self.patch_size = img_size, patch_size
         self.depth, self.drop_path = sum(depths), drop_path
         self.patch_embed = nn.ModuleDict(
@@ -212,8 +204,7 @@ class Swin(nn.Module):
         )
         last = len(depths) - 1
         self.layers = nn.ModuleList(
-            Stage(dim * 2**i, depths[i], heads[i], window, i < last, fused, residual)
-            for i in range(len(depths))
+            Stage(dim * 2**i, depths[i], heads[i], window, i < last, fused) for i in range(len(depths))
         )
         self.norm = nn.LayerNorm(dim * 2**last)
         self.head = nn.Linear(dim * 2**last, num_classes)

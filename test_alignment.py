@@ -64,42 +64,24 @@ def heads_of(attention, x):
     return (t.reshape(len(x), attention.heads, -1).transpose(0, 1) for t in (q, k))
 
 
-def weights_of_attention(model, images):
-    """Of each block, how much attention weighs at each token beside the skip connection, (B, ..., 1): a
-    half, or by norm; what attention adds is what the second norm is given and the block is not. A block that
-    computes the class token alone gives that one's."""
-    joined = []
-    hooks = [
-        b.norm2.register_forward_pre_hook(lambda _, args: joined.append(args[0])) for b in blocks_of(model)
-    ]
-    inputs = block_inputs(model, images)
-    for hook in hooks:
-        hook.remove()
-    for block, x, after in zip(blocks_of(model), inputs, joined):
-        x = x[:, : after.shape[1]]
-        added, kept = (t.square().sum(-1, keepdim=True).sqrt() for t in (after - x, x))
-        yield added / (added + kept) if block.residual == "norm" else torch.full_like(kept, 0.5)
-
-
 def vit_reference(model, images, labels):
-    inputs, weights = block_inputs(model, images), list(weights_of_attention(model, images))
-    out = []
+    inputs, out = block_inputs(model, images), []
     for image in range(len(images)):
         y = labels[image]
         if model.pool == "cls":
             y = torch.cat([y.mean(0, keepdim=True), y])
-        for block, x, weight in zip(model.blocks, inputs, weights):
+        for block, x in zip(model.blocks, inputs):
             q, k = heads_of(block.attn, block.norm1(x[image]))
             n, d = q.shape[1:]
             scores = torch.einsum("hid,hjd->hij", q, k) / math.sqrt(d)
             move = (scores.exp() / scores.exp().sum(-1, keepdim=True)).mean(0)
-            y = (1 - weight[image]) * (torch.eye(n).to(y) @ y) + weight[image] * (move @ y)
+            y = (torch.eye(n).to(y) @ y + move @ y) / 2
         out.append(y[0] if model.pool == "cls" else y.mean(0))
     return torch.stack(out)
 
 
 def swin_reference(model, images, labels):
-    inputs, weights = iter(block_inputs(model, images)), weights_of_attention(model, images)
+    inputs = iter(block_inputs(model, images))
     size = [side // model.patch_size for side in images.shape[2:]]
     y = labels
     for stage in model.layers:
@@ -107,8 +89,7 @@ def swin_reference(model, images, labels):
             x = next(inputs)
             assert list(x.shape[1:3]) == size
             move = swin_matrix(block, x, size, shifted=i % 2 == 1)  # (B, N, N)
-            weight = next(weights).flatten(1, 2)
-            y = (1 - weight) * y + weight * (move @ y)
+            y = (y + move @ y) / 2
         if stage.downsample is not None:
             y = torch.einsum("ij,bjk->bik", merge_matrix(size).to(y), y)
             size = [(side + 1) // 2 for side in size]
@@ -166,11 +147,10 @@ def block_inputs(model, images):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("residual", ["half", "norm"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_labels_move_as_the_layers_move_tokens(setting, fused, residual):
+def test_labels_move_as_the_layers_move_tokens(setting, fused):
     make, images, labels = setting
-    model = make(fused=fused, residual=residual).double()
+    model = make(fused=fused).double()
     images, labels = images.double(), labels.double()
     reference = vit_reference if isinstance(model, vit.ViT) else swin_reference
     _, aligned = model(images, labels)
@@ -195,11 +175,10 @@ def test_one_share_a_token_equals_dense_class_labels(setting, fused):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("residual", ["half", "norm"])
-def test_rows_sum_to_one_in_every_layer(setting, residual):
+def test_rows_sum_to_one_in_every_layer(setting):
     make, images, share = setting
     labels = torch.cat([1 - share, 0.3 * share, 0.7 * share], dim=-1)
-    for label_map, read in make(residual=residual).layer_labels(images, labels):
+    for label_map, read in make().layer_labels(images, labels):
         for y in (label_map, read):
             torch.testing.assert_close(y.sum(-1), torch.ones(y.shape[:-1]))
             assert y.min() >= 0
@@ -223,7 +202,7 @@ def test_logits_are_the_same_with_and_without_labels(setting):
 
 def test_no_gradient_reaches_the_network_through_labels(setting):
     make, images, labels = setting
-    for kwargs in ({"fused": False}, {"fused": True}, {"residual": "norm"}):
+    for kwargs in ({"fused": False}, {"fused": True}):
         _, aligned = make(**kwargs)(images, labels)
         assert not aligned.requires_grad
 
@@ -297,11 +276,10 @@ def test_transmix_is_the_last_attention_over_the_mask_averaged_with_the_area():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("residual", ["half", "norm"])
-def test_a_last_block_of_the_class_token_alone_gives_what_the_whole_block_gives(fused, residual, monkeypatch):
+def test_a_last_block_of_the_class_token_alone_gives_what_the_whole_block_gives(fused, monkeypatch):
     torch.manual_seed(0)
     images, labels, targets = torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1), torch.tensor([1, 2])
-    model = small_vit(fused=fused, residual=residual, drop_path=0.3).double().train()
+    model = small_vit(fused=fused, drop_path=0.3).double().train()
     rand, forward, found = torch.rand(2, model.depth, 2), vit.Block.forward, []
     for block in (forward, lambda self, x, y, keep, rows: forward(self, x, y, keep)):
         monkeypatch.setattr(vit.Block, "forward", block)
@@ -522,7 +500,7 @@ def test_drop_path_drops_whole_branches_and_keeps_their_mean():
     ids=["vit", "vit-fused", "swin", "swin-fused"],
 )
 def test_a_training_step_with_alignment_compiles_without_graph_breaks(make, size, fused, backend):
-    model = make(drop_path=0.2, residual="norm", fused=fused).train()  # the longer of the two rules
+    model = make(drop_path=0.2, fused=fused).train()
     images, labels = torch.randn(4, 3, size, size), torch.rand(4, (size // 4) ** 2, 1)
     rand, targets, grads = torch.rand(4, model.depth, 2), torch.tensor([1, 2, 3, 4]), []
     for step in (model, torch.compile(model, fullgraph=True, backend=backend)):

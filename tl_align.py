@@ -142,21 +142,6 @@ def align_fused(labels, q, k, bias=None):
     return (labels + moved.reshape(labels.shape)) / 2
 
 
-def weigh(labels, aligned, x, branch):
-    """Y = (1 - w) Y + w A @ Y with w = |branch| / (|branch| + |x|): a residual that is measured.
-
-    The paper's half says that attention and skip connection weigh the same at every token of every
-    layer; here each weighs as much as it brings, by its norm. An extension, not the paper's rule.
-
-    labels, aligned: (..., N, K), before and after `align`. x, branch: (..., N, dim), the tokens and what
-    the attention adds to them. Returns (..., N, K).
-    """
-    x, branch = (
-        torch.linalg.vector_norm(t.detach(), dim=-1, keepdim=True, dtype=labels.dtype) for t in (x, branch)
-    )
-    return labels + (aligned - labels) * (2 * branch / (branch + x))  # `align` went half of the way
-
-
 def transmix(labels, attention):
     """TransMix's target, the usual comparison (Chen et al. 2022, arXiv 2111.09833).
 

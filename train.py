@@ -75,7 +75,6 @@ def parse(argv):
     add("--model", default="vit_micro", choices=MODELS, help="which model")
     add("--mix", default="cutmix", choices=["cutmix", "mixup", "none"], help="how two images are mixed")
     add("--targets", default="tl_align", choices=["tl_align", "area", "transmix"], help="how it is labelled")
-    add("--residual", default="half", choices=["half", "norm"], help="how tl_align weighs a residual")
     add("--img-size", type=count, help="side of the images in pixels")
     add("--patch-size", type=count, help="side of a patch in pixels")
     add("--epochs", type=count, help="passes over the training set")
@@ -137,7 +136,7 @@ def recipe(s, side, images):
     fill("workers", min(CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
     fill("bf16", cuda)
     fill("compile", cuda)
-    fill("out", f"runs/{Path(s.data).name}-{s.model}-{s.mix}-{s.targets}{'-norm' * (s.residual == 'norm')}")
+    fill("out", f"runs/{Path(s.data).absolute().name}-{s.model}-{s.mix}-{s.targets}")
     return s
 
 
@@ -155,7 +154,7 @@ def check(s, images, processes):
 def build(s, classes):
     """The model. Swin's windows are 4 x 4 tokens for small images; for large ones the last stage is one
     window where that is 7 x 7 or more, as at 224 px (7) and 384 px (12), and else 7 x 7."""
-    options = {k: getattr(s, k) for k in ("img_size", "patch_size", "drop_path", "residual")}
+    options = {k: getattr(s, k) for k in ("img_size", "patch_size", "drop_path")}
     if s.model.startswith("swin"):
         small, last = s.img_size <= data.SMALL, 8 * s.patch_size
         options["window"] = 4 if small else 7 if s.img_size % last else max(7, s.img_size // last)

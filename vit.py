@@ -73,9 +73,8 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, fused=None, residual="half"):
+    def __init__(self, dim, heads, fused=None):
         super().__init__()
-        self.residual = residual
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads, fused)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -86,12 +85,8 @@ class Block(nn.Module):
     def forward(self, x, labels=None, keep=(1, 1), rows=None):
         """keep: what stochastic depth (Huang et al. 2016) multiplies the two branches with. rows: how many
         tokens, from the first, are read after this block; None for all."""
-        moved, aligned = self.attn(self.norm1(x), labels, rows)  # tokens and labels move together
-        x = x[:, :rows]
-        if labels is not None:
-            measured = self.residual == "norm"
-            labels = tl_align.weigh(labels[:, :rows], aligned, x, moved) if measured else aligned
-        x = x + keep[0] * moved
+        moved, labels = self.attn(self.norm1(x), labels, rows)  # tokens and labels move together
+        x = x[:, :rows] + keep[0] * moved  # the labels' half of this residual is in `tl_align.align`
         x = x + keep[1] * self.mlp(self.norm2(x))  # token by token: labels stay
         return x, labels
 
@@ -106,8 +101,7 @@ def waves(side, dim):
 class ViT(nn.Module):
     """img_size and patch_size are in pixels, dim is the width of a token, drop_path the rate of the
     last block (it grows from 0). pool is what the head reads: "cls", the class token, or "avg", the
-    mean of all patches, and then there is no class token. fused: see `Attention`. residual: how much
-    of a label an attention replaces, "half" as in the paper, or "norm", see `tl_align.weigh`.
+    mean of all patches, and then there is no class token. fused: see `Attention`.
 
     Raises ValueError when patches do not tile the image.
     """
@@ -123,15 +117,12 @@ class ViT(nn.Module):
         drop_path=0.0,
         pool="cls",
         fused=None,
-        residual="half",
     ):
         super().__init__()
         if img_size % patch_size:
             raise ValueError(f"patches of {patch_size} px do not tile an image of {img_size} px")
         if pool not in ("cls", "avg"):
             raise ValueError(f'pool is "cls" or "avg", got {pool!r}')
-        if residual not in ("half", "norm"):
-            raise ValueError(f'residual is "half" or "norm", got {residual!r}')
         self.img_size, self.patch_size = img_size, patch_size
         self.depth, self.drop_path, self.pool = depth, drop_path, pool
         tokens = (img_size // patch_size) ** 2 + (pool == "cls")
@@ -139,7 +130,7 @@ class ViT(nn.Module):
         if pool == "cls":
             self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
-        self.blocks = nn.ModuleList(Block(dim, heads, fused, residual) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, fused) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         wide = dim > 128  # as DeiT starts; narrow layers want larger weights, and keep torch's own

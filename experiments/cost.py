@@ -6,13 +6,13 @@
 
 Other flags are those of train.py, such as --batch-size, --device and --no-compile.
 
-Four ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
-labels as this project moves them, one share a token, the same with residuals weighed by norm
-(`--residual norm`), and dense labels, (B, N, 1000), as the authors' code does. A ratio is taken within a
-round, so that a machine that is busy slows both; the table has the median of the rounds and half of its 95 %
-interval, by bootstrap. "area" is the step with the area target beside that of the first form; "aligned",
-"norm" and "dense" are beside the area of their own form. TFLOP/s are those of the area step, three times its
-forward pass; in brackets as a share of what a large matrix product reaches, timed in turn as well. Forms:
+Three ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
+labels as this project moves them, one share a token, and dense labels, (B, N, 1000), as the authors' code
+does. A ratio is taken within a round, so that a machine that is busy slows both; the table has the median of
+the rounds and half of its 95 % interval, by bootstrap. "area" is the step with the area target beside that
+of the first form; "aligned" and "dense" are beside the area of their own form. TFLOP/s are those of the area
+step, three times its forward pass; in brackets as a share of what a large matrix product reaches, timed in
+turn as well. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
@@ -62,9 +62,9 @@ from runs import data, script
 
 CLASSES = 1000
 HEAD = """\
-| model | px | attention | area: images/s | TFLOP/s (share) | time: area | aligned | norm | dense \
-| area: peak GiB | memory: aligned | norm | dense | arithmetic: aligned | dense |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| model | px | attention | area: images/s | TFLOP/s (share) | time: area | aligned | dense \
+| area: peak GiB | memory: aligned | dense | arithmetic: aligned | dense |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def dense_loss(model, images, targets, rand, patch_size, mixing, label, smoothing):
@@ -77,12 +77,11 @@ def dense_loss(model, images, targets, rand, patch_size, mixing, label, smoothin
     return F.cross_entropy(logits, aligned, label_smoothing=smoothing)
 
 
-# How the target is found: the loss, its --targets, and what weighs the labels' residual.
+# How the target is found: the loss and its --targets.
 WAYS = {
-    "area": (tl_align.mixed_loss, "area", "half"),
-    "aligned": (tl_align.mixed_loss, "tl_align", "half"),
-    "norm": (tl_align.mixed_loss, "tl_align", "norm"),
-    "dense": (dense_loss, "tl_align", "half"),
+    "area": (tl_align.mixed_loss, "area"),
+    "aligned": (tl_align.mixed_loss, "tl_align"),
+    "dense": (dense_loss, "tl_align"),
 }
 
 # ---------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ class Timm(nn.Module):
 
     depth = 1  # drop path finds its own random numbers
 
-    def __init__(self, name, img_size, patch_size, num_classes, drop_path, residual, window=None):
+    def __init__(self, name, img_size, patch_size, num_classes, drop_path, window=None):
         super().__init__()
         import timm
 
@@ -243,9 +242,7 @@ def measure(s, args):
 
     def step(form, way):
         trainer = trainers[form]
-        trainer.loss, s.targets, residual = WAYS[way]
-        for block in (b for b in trainer.raw.modules() if hasattr(b, "residual")):
-            block.residual = residual
+        trainer.loss, s.targets = WAYS[way]
         with mock.patch.object(tl_align, "align_fused", ALIGN.get(form, tl_align.align_fused)):
             trainer.step(images, labels, 0, 1000)
 

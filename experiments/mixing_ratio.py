@@ -23,6 +23,7 @@ one, a method leaves the area in the right direction but too far. Fluctuation is
 is, on average, from the share of its own pixels.
 """
 
+import contextlib
 import itertools
 import math
 
@@ -30,13 +31,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
+import residual
 import runs
 import tl_align  # on the path that `runs` has set
 from runs import data
 
 TRAINED = ("area", "TL-Align")
 SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
-RULES = {"TL-Align": "half", "TL-Align, norm": "norm"}
+RULES = {"TL-Align": contextlib.nullcontext, "TL-Align, norm": residual.by_norm}
 
 
 def mixes(sets, s, n):
@@ -89,9 +91,9 @@ def look(model, images, mask, s):
         if not s.model.startswith("swin"):
             found["TransMix", ""] = tl_align.transmix(labels, model(x, looks=True)[1])[:, 0]
         for method, rule in RULES.items():
-            for block in (b for b in model.modules() if hasattr(b, "residual")):
-                block.residual = rule
-            for layer, (tokens, read) in enumerate(model.layer_labels(x, labels)[1:], 1):
+            with rule(model):
+                layers = model.layer_labels(x, labels)
+            for layer, (tokens, read) in enumerate(layers[1:], 1):
                 found[method, layer] = read[:, 0]
                 pixels = F.adaptive_avg_pool2d(m, tokens.shape[1:3])[:, 0]
                 moved.setdefault((method, layer), []).append((tokens[..., 0] - pixels).abs().mean().item())

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import data  # noqa: E402
+import residual  # noqa: E402
 import swin  # noqa: E402
 import train as script  # noqa: E402
 
@@ -36,13 +37,10 @@ METHODS = {
     "TL-Align, norm": {"residual": "norm"},
 }
 
-
-def swin_5m(**kwargs):
-    """A Swin of DeiT-T's size for 32 px: 16 x 16 tokens, then 8 x 8 and 4 x 4; 5.2 million parameters."""
-    return swin.Swin(**{"dim": 64, "depths": (2, 6, 4), "heads": (2, 4, 8), "window": 4, **kwargs})
-
-
-script.MODELS["swin_5m"] = swin_5m
+# A Swin of DeiT-T's size for 32 px: 16 x 16 tokens, then 8 x 8 and 4 x 4; 5.2 million parameters.
+SWIN_5M = {"dim": 64, "depths": (2, 6, 4), "heads": (2, 4, 8), "window": 4}
+script.MODELS["swin_5m"] = lambda **kwargs: swin.Swin(**{**SWIN_5M, **kwargs})
+script.build = residual.built_by(script.build)
 
 
 def arguments(doc, **defaults):
@@ -247,9 +245,9 @@ def signed(values):
 
 def made_of(args, sets, spread="± is half the 95 % interval over seeds"):
     """A sentence on what was trained, and how the table shows what chance does."""
-    images, passes = len(sets.train) // sets.train.times, args.epochs * sets.train.times
-    each = f"{'that each seed draws, ' * bool(args.images)}seeds 0 to {args.seeds - 1}"
-    return f" Models of {passes} passes over {images} training images {each}; {spread}."
+    images, passes, last = len(sets.train) // sets.train.times, args.epochs * sets.train.times, args.seeds - 1
+    drawn = ", drawn by each seed" * bool(args.images)
+    return f" Models of {passes} passes over {images} training images{drawn}, seeds 0 to {last}; {spread}."
 
 
 def table(head, rows):

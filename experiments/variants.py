@@ -14,16 +14,14 @@ Error and rank correlation are those of the share of the (first) pasted image, t
 import torch
 
 import mixing_ratio
+import residual
 import runs
-import tl_align  # on the path that `runs` has set
+import swin  # on the path that `runs` has set
+import tl_align
+import vit
 from runs import data
 
 RATE = 0.2
-
-
-def rule(model, residual):
-    for block in (b for b in model.modules() if hasattr(b, "residual")):
-        block.residual = residual
 
 
 def three_images(model, images, s):
@@ -40,9 +38,9 @@ def three_images(model, images, s):
     said = {"area": labels.mean(1)}
     if not s.model.startswith("swin"):
         said["TransMix"] = tl_align.transmix(labels, model(mixed, looks=True)[1])
-    for method, residual in mixing_ratio.RULES.items():
-        rule(model, residual)
-        said[method] = model(mixed, labels)[1]
+    for method, rule in mixing_ratio.RULES.items():
+        with rule(model):
+            said[method] = model(mixed, labels)[1]
     true = mixing_ratio.influence(model, mixed, owners, mean)[:, 1]
     return {method: shares[:, 1].cpu() for method, shares in said.items()}, true.cpu()
 
@@ -65,14 +63,14 @@ def drop_path(model, images, s):
     before, model.drop_path = model.drop_path, RATE
     model.train()  # drop path is all that training changes in these models
     said = {"area": labels.mean(1)}
-    for method, residual in mixing_ratio.RULES.items():
-        rule(model, residual)
-        said[method] = model(mixed, labels, rand=rand)[1]
-        blocks = [b for b in model.modules() if hasattr(b, "residual")]
-        hooks = [b.register_forward_hook(stay) for b in blocks]
-        said[f"{method}, seen"] = model(mixed, labels, rand=rand)[1]
-        for hook in hooks:
-            hook.remove()
+    said["TL-Align"] = model(mixed, labels, rand=rand)[1]
+    blocks = [m for m in model.modules() if isinstance(m, (vit.Block, swin.Block))]
+    hooks = [b.register_forward_hook(stay) for b in blocks]
+    said["TL-Align, seen"] = model(mixed, labels, rand=rand)[1]
+    for hook in hooks:
+        hook.remove()
+    with residual.by_norm(model):  # sees by itself: what is dropped adds nothing
+        said["TL-Align, norm"] = model(mixed, labels, rand=rand)[1]
     owners = torch.cat([1 - mask, mask], dim=1)
     true = mixing_ratio.influence(lambda x: model(x, rand=rand), mixed, owners, mean)[:, 1]
     model.drop_path = before

@@ -70,7 +70,7 @@ def parse(argv):
     parser.error = refuse
     add, switch, count = parser.add_argument, argparse.BooleanOptionalAction, lambda t: number(t, int, 1)
     amount, share, devices = lambda t: number(t, float, 0), lambda t: number(t, float, 0, 1), ["cpu", "cuda"]
-    add("--data", default="shapes", help="shapes, a torchvision set, or a folder with train/ and val/")
+    add("--data", default="shapes", help="shapes, a torchvision set, or a folder: train/CLASS/, val/CLASS/")
     add("--root", default="data", help="folder that torchvision's sets are downloaded to")
     add("--model", default="vit_micro", choices=MODELS, help="which model")
     add("--mix", default="cutmix", choices=["cutmix", "mixup", "none"], help="how two images are mixed")
@@ -90,10 +90,10 @@ def parse(argv):
     add("--augment", choices=["light", "full"], help="light: crop and flip; full: RandAugment, erasing too")
     add("--repeats", type=count, help="crops of an image in an epoch (repeated augmentation)")
     add("--seed", type=lambda t: number(t, int, 0, 2**63), default=0, help="of all randomness")
-    add("--workers", type=lambda t: number(t, int, 0), help="processes that decode images")
+    add("--workers", type=lambda t: number(t, int, 0), help="processes that decode, in shared memory")
     add("--device", default=devices[torch.cuda.is_available()], choices=devices, help="cuda: on all GPUs")
     add("--bf16", action=switch, help="compute in bfloat16 (autocast); the default on CUDA")
-    add("--compile", action=switch, help="use torch.compile; the default on CUDA")
+    add("--compile", action=switch, help="use torch.compile (wants a C++ compiler); the default on CUDA")
     add("--save-minutes", type=amount, default=15.0, help="minutes between checkpoints within an epoch")
     add("--out", help="folder of the run")
     add("--resume", action=switch, default=True, help="continue the run in that folder; or start it over")

@@ -323,9 +323,8 @@ class Trainer:
         self.rows = slice(*(pairs * r // world() * pair(s) for r in (rank(), rank() + 1)))
 
     def step(self, images, targets, step, steps, flip=True):
-        """One step of the optimizer. images, targets: this process's rows of the batch, as data.py brings
-        them. step: its number in the run; steps: of an epoch. Returns this process's part of the mean loss,
-        on the device: nothing here waits for it."""
+        """One step of the optimizer. images, targets: this process's rows of the batch. step: its number in the
+        run; steps: of an epoch. Returns the batch's mean loss, on the device: nothing here waits for it."""
         s, total = self.s, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, s, steps)
@@ -343,6 +342,8 @@ class Trainer:
                 loss = loss * (len(batch) / s.batch_size)
                 (loss * world()).backward()
             total = total + loss.detach()
+        if world() > 1:
+            dist.all_reduce(total)  # before the step is done, so that its loss is known wherever it is
         if s.clip:
             torch.nn.utils.clip_grad_norm_(self.raw.parameters(), s.clip)
         self.optimizer.step()
@@ -444,8 +445,8 @@ def train(s, sets, out):
                     # The log line: the one place where the device and other processes are waited for.
                     losses, now = torch.stack(pending).tolist(), time.perf_counter()
                     due = rank() == 0 and time.monotonic() - saved_at > 60 * s.save_minutes
-                    mine = [asked(), due, (now - since) / world(), waited / world(), *losses]
-                    stop, due, seconds, waited, *losses = map(sum, zip(*from_processes(mine)))
+                    mine = [asked(), due, (now - since) / world(), waited / world()]
+                    stop, due, seconds, waited = map(sum, zip(*from_processes(mine)))
                     for at, loss in enumerate(losses, step - len(losses)):
                         sums[0] += loss  # if it is not finite, the handler below saves nothing
                         if not math.isfinite(loss):
@@ -466,7 +467,7 @@ def train(s, sets, out):
                         code = 128 + (asked() or signal.SIGTERM)
                         raise agreed(f"stopped after step {step}: the same command goes on from there", code)
             except Exception:  # a worker is gone, say, or, as Gloo tells, another process: keep what is done
-                sums[0] += world() * sum(loss.item() for loss in pending)  # about: others have their parts
+                sums[0] = sum((loss.item() for loss in pending), sums[0])
                 if step > kept and math.isfinite(sums[0]):
                     save(last)
                 raise

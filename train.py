@@ -323,8 +323,8 @@ class Trainer:
         self.rows = slice(*(pairs * r // world() * pair(s) for r in (rank(), rank() + 1)))
 
     def step(self, images, targets, step, steps, flip=True):
-        """One step of the optimizer. images, targets: this process's rows of the batch. step: its number in the
-        run; steps: of an epoch. Returns the batch's mean loss, on the device: nothing here waits for it."""
+        """One optimizer step. images, targets: this process's rows of the batch. step: its number in the run;
+        steps: of an epoch. Returns the batch's mean loss, on the device: nothing here waits for it."""
         s, total = self.s, 0.0
         for group in self.optimizer.param_groups:
             group["lr"] = lr_at(step, s, steps)

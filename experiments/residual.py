@@ -60,6 +60,8 @@ def built_by(build):
 def by_norm(model):
     """The same for a while."""
     handles = weigh_by_norm(model)
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

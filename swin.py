@@ -223,7 +223,7 @@ class Swin(nn.Module):
         callers whose runs must repeat; drawn here if None.
         Returns (B, num_classes), or that and (B, K). Raises ValueError for any other shape.
         """
-        x, layers = self._trunk(images, labels, rand)
+        x, layers, _ = self._trunk(images, labels, rand)
         logits = self.head(x.mean((1, 2)))
         return logits if labels is None else (logits, layers[-1].mean((1, 2)))
 
@@ -231,23 +231,35 @@ class Swin(nn.Module):
         """The labels after the embedding and after each block, for pictures and experiments: a list
         of depth + 1 pairs, the labels as a map (B, H, W, K) and, (B, K), the label that the head would
         find if it read there."""
-        _, layers = self._trunk(images, labels)
+        _, layers, _ = self._trunk(images, labels)
         return [(y, y.mean((1, 2))) for y in layers]
 
+    def features(self, images, *, rand=None):
+        """The map at the end of each stage, for dense prediction: a list of (B, C, H, W), C doubled and H and
+        W halved, odd ones rounded up, from one to the next; the last after the final norm.
+
+        images: (B, 3, H, W), of any sides that patches tile. rand: as in `forward`. Raises ValueError
+        where patches do not tile the images.
+        """
+        x, _, maps = self._trunk(images, None, rand)
+        return [rearrange(m, "b h w c -> b c h w") for m in (*maps[:-1], x)]
+
     def _trunk(self, images, labels, rand=None):
+        """Tokens at the end, labels after each block, and the tokens at the end of each stage."""
         self._check(images, labels)
         height = images.shape[2] // self.patch_size
         x = rearrange(self.patch_embed["proj"](images), "b d h w -> b h w d")
         x = self.patch_embed["norm"](x)
         y = labels if labels is None else rearrange(labels, "b (h w) k -> b h w k", h=height)
-        layers, keep = [y], iter(self._keep(images, rand))
+        layers, maps, keep = [y], [], iter(self._keep(images, rand))
         for stage in self.layers:
             for block in stage.blocks:
                 x, y = block(x, y, next(keep))
                 layers.append(y)
+            maps.append(x)
             if stage.downsample is not None:
                 x, y = stage.downsample(x, y)
-        return self.norm(x), layers
+        return self.norm(x), layers, maps
 
     def _keep(self, images, rand):
         """What drop path multiplies each block's two branches with: 0 or 1 / (1 - rate), (B, 1, 1, 1)."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
+from torchvision.models.feature_extraction import create_feature_extractor
 
 import swin
 import tl_align
@@ -371,6 +372,10 @@ def test_swin_equals_torchvisions():
             torch.nn.init.normal_(p)
     ours = swin.swin_tiny(num_classes=10).eval()
     assert_same_logits(ours, theirs, names)  # their index buffers are left out by adapt
+    images, maps = torch.randn(1, 3, 224, 224), [f"features.{i}" for i in (1, 3, 5)] + ["norm"]
+    theirs = create_feature_extractor(theirs, maps)(images)
+    for map, name in zip(ours.features(images), maps, strict=True):
+        torch.testing.assert_close(map.movedim(1, -1), theirs[name], atol=1e-4, rtol=1e-4)
 
 
 def assert_same_logits(ours, theirs, names):
@@ -460,6 +465,35 @@ def test_positions_are_resized_for_another_image_size():
     assert larger.adapt(distilled)["pos_embed"] is distilled["pos_embed"]
     wider = small_swin(window=6)
     wider.load_state_dict(wider.adapt(small_swin().state_dict()))
+
+
+@pytest.mark.parametrize("pool", ["cls", "avg"])
+@torch.no_grad()
+def test_a_vits_features_are_its_last_tokens_as_a_map_of_any_size(pool):
+    model, images = small_vit(pool=pool).eval(), torch.randn(2, 3, 24, 24)
+    tokens = []
+    model.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
+    logits, map = model(images), model.features(images)
+    assert map.shape == (2, 32, 6, 6)
+    torch.testing.assert_close(map.flatten(2).mT, tokens[1][:, pool == "cls" :])
+    read = map.mean((2, 3)) if pool == "avg" else tokens[1][:, 0]
+    torch.testing.assert_close(model.head(read), logits)
+    larger = small_vit(img_size=48, pool=pool).eval()
+    larger.load_state_dict(larger.adapt(model.state_dict()))
+    images = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(model.features(images), larger.features(images))
+    assert model.features(images[..., :20]).shape == (2, 32, 12, 5)
+    with pytest.raises(ValueError, match=r"multiples of 4, got \(2, 3, 48, 30\)"):
+        model.features(images[..., :30])
+
+
+def test_swins_features_are_of_any_size_and_the_last_is_what_the_head_averages():
+    model, images = small_swin().eval(), torch.randn(2, 3, 40, 28)
+    maps = model.features(images)
+    assert [tuple(m.shape) for m in maps] == [(2, 16, 10, 7), (2, 32, 5, 4)]
+    torch.testing.assert_close(model.head(maps[-1].mean((2, 3))), model(images))
+    with pytest.raises(ValueError, match=r"multiples of 4, got \(2, 3, 40, 30\)"):
+        model.features(torch.zeros(2, 3, 40, 30))
 
 
 @pytest.mark.parametrize("make, size", MODELS.values(), ids=MODELS)

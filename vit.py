@@ -98,6 +98,18 @@ def waves(side, dim):
     return torch.cat([angle.sin(), angle.cos()], dim=1)[:, :dim]
 
 
+def resize_positions(embedding, size, extra):
+    """Position embeddings (1, extra + N, dim) of a square grid fitted to one of size (rows, columns), bicubic
+    as DeiT does it. The first `extra`, a class token's, stay, as does what is of this size or not square."""
+    token, grid = embedding.tensor_split([extra], dim=1)
+    side = round(grid.shape[1] ** 0.5)
+    if side**2 != grid.shape[1] or size == (side, side):
+        return embedding
+    grid = rearrange(grid, "1 (h w) d -> 1 d h w", h=side).float()
+    grid = F.interpolate(grid, size, mode="bicubic", align_corners=False)
+    return torch.cat([token, rearrange(grid, "1 d h w -> 1 (h w) d").to(token.dtype)], dim=1)
+
+
 class ViT(nn.Module):
     """img_size and patch_size are in pixels, dim is the width of a token, drop_path the rate of the
     last block (it grows from 0). pool is what the head reads: "cls", the class token, or "avg", the
@@ -151,6 +163,7 @@ class ViT(nn.Module):
         callers whose runs must repeat; drawn here if None.
         Returns (B, num_classes), or that and (B, K). Raises ValueError for any other shape.
         """
+        self._check(images, labels)
         x, layers, before = self._trunk(images, labels, rand, rows=1 if self.pool == "cls" else None)
         logits = self.head(self._read(x))
         if looks:
@@ -165,22 +178,36 @@ class ViT(nn.Module):
         of depth + 1 pairs, the patches' labels as a map (B, H, W, K) and, (B, K), the label that the
         head would find if it read there."""
         side, extra = self.img_size // self.patch_size, self.pool == "cls"
+        self._check(images, labels)
         _, layers, _ = self._trunk(images, labels)
         return [(rearrange(y[:, extra:], "b (h w) k -> b h w k", h=side), self._read(y)) for y in layers]
+
+    def features(self, images, *, rand=None):
+        """The patches' tokens at the end as a map, for dense prediction: (B, dim, H / patch, W / patch).
+
+        images: (B, 3, H, W), of any sides that patches tile; position embeddings are resized to them.
+        rand: as in `forward`. Raises ValueError where patches do not tile the images.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or any(n % self.patch_size for n in images.shape[2:]):
+            expected = f"(B, 3, H, W) with sides that are multiples of {self.patch_size}"
+            raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
+        size, extra = tuple(n // self.patch_size for n in images.shape[2:]), int(self.pool == "cls")
+        positions = resize_positions(self.pos_embed, size, extra)
+        x, _, _ = self._trunk(images, None, rand, positions=positions)
+        return rearrange(x[:, extra:], "b (h w) d -> b d h w", h=size[0])
 
     def _read(self, x):
         """What the head sees of tokens or labels (B, N, ...)."""
         return x[:, 0] if self.pool == "cls" else x.mean(1)
 
-    def _trunk(self, images, labels, rand=None, rows=None):
+    def _trunk(self, images, labels, rand=None, rows=None, positions=None):
         """Tokens at the end, labels after each block, and the tokens before the last block, which computes
         nothing but the first rows of tokens: a class token is all that its head reads."""
-        self._check(images, labels)
         x, y = rearrange(self.patch_embed(images), "b d h w -> b (h w) d"), labels
         if self.pool == "cls":
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], dim=1)
             y = y if y is None else tl_align.add_class_token(y)
-        x = x + self.pos_embed
+        x = x + (self.pos_embed if positions is None else positions)
         layers = [y]
         for block, keep in zip(self.blocks, self._keep(images, rand)):
             before = x
@@ -211,14 +238,8 @@ class ViT(nn.Module):
         resized, bicubic as DeiT does it. state: a dict of tensors. Returns a new one."""
         state = dict(state)
         if "pos_embed" in state:
-            extra = int(self.pool == "cls")  # the class token's position stays as it is
-            token, grid = state["pos_embed"].tensor_split([extra], dim=1)
-            old, new = round(grid.shape[1] ** 0.5), self.img_size // self.patch_size
-            if old != new and old**2 == grid.shape[1]:
-                grid = rearrange(grid, "1 (h w) d -> 1 d h w", h=old).float()
-                grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
-                grid = rearrange(grid, "1 d h w -> 1 (h w) d").to(token.dtype)
-                state["pos_embed"] = torch.cat([token, grid], dim=1)
+            size = (self.img_size // self.patch_size,) * 2
+            state["pos_embed"] = resize_positions(state["pos_embed"], size, int(self.pool == "cls"))
         return state
 
 

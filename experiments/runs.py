@@ -91,13 +91,12 @@ def open_part(args, classes=None, images=None, passes=None):
     sets = data.open_sets(args.data, args.root)
     classes, parts = classes or range(len(sets.classes)), []
     for name, part in (("train", sets.train), ("val", sets.val)):
-        train = images or args.images, passes or args.passes
-        most, times = train if name == "train" else (args.val_images, 1)
+        many = (images or args.images, passes or args.passes) if name == "train" else (args.val_images, 1)
         order = torch.randperm(len(part), generator=data.generator("chosen", name)).tolist()
         if len(classes) < len(sets.classes):
             numbers = classes_of(part)
             order = [i for i in order if int(numbers[i]) in classes]
-        parts.append(Part(part, order, classes.start, most, times))
+        parts.append(Part(part, order, classes.start, *many))
     return data.Sets(*parts, [sets.classes[i] for i in classes], sets.flip)
 
 
@@ -136,20 +135,18 @@ def settings(args, sets, model, method, seed, name="", **more):
     folder = f"{Path(args.data).name}{name}-{most}x{times}x{epochs}-b{args.batch_size}-val{len(sets.val)}"
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
     s = script.parse(["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device])
-    out = f"{args.runs}/{folder}/{run}"
     small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
-    vars(s).update({"out": out, "epochs": epochs, **METHODS[method], **small, **more})
+    vars(s).update({"epochs": epochs, **METHODS[method], **small, **more})
+    s.out = f"{args.runs}/{folder}/{run}"
     script.recipe(s, side, len(sets.train))
     script.check(s, len(sets.train), 1)
     return s
 
 
 def train(s, sets):
-    """Train one run, in a process of the pool, on images that its seed draws. It prints to its log.txt."""
-    out, sets = Path(s.out), sets._replace(train=sets.train.drawn(s.seed))
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "log.txt").open("a") as log, contextlib.redirect_stdout(log):
-        script.train(s, sets, out)
+    """Train one run on images that its seed draws."""
+    with logged(s.out):
+        script.train(s, sets._replace(train=sets.train.drawn(s.seed)), Path(s.out))
 
 
 def done(s):
@@ -168,7 +165,10 @@ def train_all(runs, args):
 def side_by_side(function, todo, args, of, result):
     """Call function(s, ...) for each tuple of todo, in processes; say each as it ends, with its result(s).
     of: how many there are with those that are done."""
-    print(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs} side by side", flush=True)
+    script.say(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs or 1} side by side")
+    if not args.jobs:  # one after another, here, and on all processes of torchrun
+        _ = [function(*run) for run in todo]
+        return script.from_processes(None)  # so that nobody looks for what is not written yet
     began, threads = time.perf_counter(), max(1, script.CPUS // args.jobs)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, begin_process, (threads,)) as pool:
@@ -177,11 +177,19 @@ def side_by_side(function, todo, args, of, result):
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()
                 s, left = futures[future], (time.perf_counter() - began) / count * (len(todo) - count) / 60
-                line = f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left"
-                print(line, flush=True)
+                script.say(f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+@contextlib.contextmanager
+def logged(out):
+    """In a process of the pool, what is printed goes to the run's log.txt."""
+    Path(out).mkdir(parents=True, exist_ok=True)
+    with Path(out, "log.txt").open("a") as log:
+        with contextlib.redirect_stdout(log if multiprocessing.parent_process() else sys.stdout):
+            yield
 
 
 def begin_process(threads):
@@ -204,7 +212,8 @@ def run(main, and_then="; the same command goes on from what is done"):
         sys.exit(f"stopped{and_then}")
     except data.Ended as e:
         line, status = (*e.args, 2)[:2]
-        print(line if status > 128 else f"error: {line}", file=sys.stderr)
+        if line:  # one process says it for all
+            print(line if status > 128 else f"error: {line}", file=sys.stderr)
         sys.exit(status)
 
 
@@ -258,12 +267,10 @@ def table(head, rows):
 
 def write(args, name, text, chart, more=""):
     """Print the text, and leave it, and what is too long to print, as NAME.md beside the chart, NAME.svg."""
-    print("\n" + text)
-    folder = Path(args.runs)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(text + more)
-    (folder / f"{name}.svg").write_text(chart)
-    print(f"the same in {folder}/{name}.md, and drawn in {name}.svg")
+    if script.rank() == 0:
+        for end, content in ((".md", text + more), (".svg", chart)):
+            script.write_beside(Path(args.runs) / f"{name}{end}", content.encode())
+    script.say(f"\n{text}\nthe same in {args.runs}/{name}.md, and drawn in {name}.svg")
 
 
 COLOURS = ["#888888", "#2b6cb0", "#d9822b", "#2f8f5b", "#b0413e", "#7b4fa3"]
@@ -278,10 +285,8 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
     below = 34 + 4 * max(len(place) for _, places, _ in panels for place in places)
     rows = math.ceil(len(panels) / columns)
     size = f'viewBox="0 0 {width * columns} {30 + rows * (above + height + below)}"'
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">',
-        '<rect width="100%" height="100%" fill="white"/>',
-    ]
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
+    out.append('<rect width="100%" height="100%" fill="white"/>')
     at = 14
     for name in names:
         out.append(f'<circle cx="{at}" cy="16" r="4" fill="{colour[name]}"/>')
@@ -296,10 +301,7 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
         step = next(k * step for k in (0.1, 0.2, 0.5, 1, 2) if (high - low or 1) / (k * step) <= 7)
         low = math.floor(low / step) * step
         lines = max(1, math.ceil((high - low) / step - 1e-6))
-
-        def y(v):
-            return round(top + height * (1 - (v - low) / (lines * step)), 1)
-
+        y = lambda v: round(top + height * (1 - (v - low) / (lines * step)), 1)
         middle = f'x="{x0 + w / 2:.0f}" text-anchor="middle"'
         out.append(f'<text {middle} y="{top - 24}" font-size="12">{escape(title)}</text>')
         out.append(f'<text x="{x0 - 34}" y="{top - 9}" fill="#555">{escape(label)}</text>')

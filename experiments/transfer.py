@@ -15,15 +15,10 @@ from runs import script
 TRAINED = ("area", "TL-Align")
 
 
-def main():
-    parser = runs.arguments(__doc__, images=2000, passes=5)
-    parser.add_argument("--few", type=int, default=60, help="images of the other half to train on [60]")
-    parser.add_argument("--tune-passes", type=int, default=100, help="times to go over those [100]")
-    args = runs.parsed(parser)
+def pretrain(args):
+    """Train on the first half of the classes. Returns {(model, target, seed): settings}, and the sets."""
     number = len(script.data.open_sets(args.data, args.root).classes)
     first = runs.open_part(args, range(number // 2))
-    second = runs.open_part(args, range(number // 2, number), args.few, args.tune_passes)
-
     before = {
         (model, way, seed): runs.settings(args, first, model, way, seed, "-first-half")
         for seed in range(args.seeds)
@@ -31,6 +26,18 @@ def main():
         for way in TRAINED
     }
     runs.train_all([(s, first) for s in before.values()], args)
+    return before, first
+
+
+def main():
+    parser = runs.arguments(__doc__, images=2000, passes=5)
+    parser.add_argument("--few", type=int, default=60, help="images of the other half to train on [60]")
+    parser.add_argument("--tune-passes", type=int, default=100, help="times to go over those [100]")
+    args = runs.parsed(parser)
+    number = len(script.data.open_sets(args.data, args.root).classes)
+    second = runs.open_part(args, range(number // 2, number), args.few, args.tune_passes)
+
+    before, first = pretrain(args)
     after = {}
     for (model, way, seed), s in before.items():
         for start, init in (("from scratch", None), (way, f"{s.out}/last.pt")):

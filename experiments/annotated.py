@@ -1,0 +1,281 @@
+"""Annotated images for segmentation.py and detection.py: scenes of built-in objects, and folders laid out as
+VOC, COCO, ADE20K, or plainly. What does not fit ends in one line that names it.
+"""
+
+import collections
+import json
+import math
+import os
+import pickle
+import xml.etree.ElementTree
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.utils.data import Dataset
+from torchvision.ops import masks_to_boxes
+
+from runs import data, script
+
+IGNORED = 255  # in a mask: not labelled
+
+
+def scenes(n, seed, classes, size=64, most=4):
+    """Scenes of one to four objects of the built-in set on a soft ground, some partly hidden by others.
+
+    classes: a range of the numbers of `data.SHAPES`; they count from 0 here. Returns n pairs of an image,
+    uint8 (3, size, size), and a dict of boxes (objects, 4) as left, top, right, bottom, labels (objects,),
+    masks (objects, size, size), of what is seen of each, area (objects,) in pixels, ignore (objects,): those
+    of which less than a quarter is seen, as what can't be asked for, and crowd (objects,): none.
+    """
+    g, wanted = data.generator(seed, "scenes", n), n * most
+    drawn = data.shapes(2 * wanted * len(data.SHAPES) // len(classes), f"{seed} scenes")
+    some = ((drawn[1] >= classes.start) & (drawn[1] < classes.stop)).nonzero()[:wanted, 0]
+    objects, kinds, masks = (t[some].unflatten(0, (n, most)) for t in drawn)
+    images = F.interpolate(torch.rand(n, 3, 8, 8, generator=g), (size, size), mode="bilinear")
+    images = (255 * (images + 0.05 * torch.randn(images.shape, generator=g)).clamp(0, 1)).to(torch.uint8)
+    side, found = objects.shape[-1], []
+    counts = torch.randint(1, most + 1, (n,), generator=g).tolist()
+    corners = torch.randint(size - side + 1, (n, most, 2), generator=g).tolist()
+    for i, count in enumerate(counts):
+        owner = torch.full((size, size), -1)
+        for k, (y, x) in enumerate(corners[i][:count]):
+            place = slice(y, y + side), slice(x, x + side)
+            images[i][:, *place] = torch.where(masks[i, k], objects[i, k], images[i][:, *place])
+            owner[place] = torch.where(masks[i, k], k, owner[place])
+        seen = owner == torch.arange(count)[:, None, None]
+        share = seen.sum((1, 2)) / masks[i, :count].sum((1, 2))
+        seen, labels, share = seen[share > 0], kinds[i, :count][share > 0], share[share > 0]
+        boxes = masks_to_boxes(seen) + torch.tensor([0.0, 0, 1, 1])  # whose last pixels are inside
+        known = {"boxes": boxes, "labels": labels - classes.start, "ignore": share < 0.25}
+        known |= {"masks": seen, "area": seen.sum((1, 2)).float(), "crowd": share < 0}
+        found.append((images[i], known))
+    return found
+
+
+def scene_sets(args, seed, classes=range(5, 10)):
+    """args.scenes scenes to train on, drawn by the seed, and some to validate on, the same for all."""
+    parts = scenes(args.scenes, seed, classes), scenes(args.val_images or 300, "val", classes)
+    return data.Sets(*parts, data.SHAPES[classes.start : classes.stop])
+
+
+class Records(Dataset):
+    """Annotated images that are read when they are asked for, as read(*record). Records are one array, which
+    worker processes share (see `data.Folder`)."""
+
+    def __init__(self, records, read):
+        packed, self.read = [pickle.dumps(record) for record in records], read
+        self.bytes = np.frombuffer(b"".join(packed), np.uint8)
+        self.ends = np.cumsum([0, *map(len, packed)])
+
+    def __len__(self):
+        return len(self.ends) - 1
+
+    def __getitem__(self, i):
+        return self.read(*pickle.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes()))
+
+
+def image_of(path, size):
+    """The image of a file, uint8 (3, H, W). size: the (W, H) that its annotation has."""
+    try:
+        image = data.decode(path)
+    except Exception as e:  # whatever a damaged file makes of a decoder
+        raise data.Ended(f"{path} can't be decoded ({e}); mend it, or leave it out of the set") from e
+    if tuple(size) != (image.shape[2], image.shape[1]):
+        here, there = f"{image.shape[2]} x {image.shape[1]} px", f"{size[0]} x {size[1]}"
+        raise data.Ended(f"{path} is {here}, its annotation {there}; they must be alike")
+    return image
+
+
+def listed(root, pattern):
+    """What the pattern finds below root, in order. Raises Ended where that is nothing."""
+    if not (found := sorted(p for p in Path(root).glob(pattern) if p.name[0] != ".")):
+        raise data.Ended(f"{root} has no {pattern}; --help tells how a folder may be laid out")
+    return found
+
+
+def same_classes(train, val, root):
+    """Raise Ended for a class that is only in the part to validate on."""
+    if odd := sorted(set(val) - set(train)):
+        raise data.Ended(f"class {odd[0]!r} is in {root}'s part to validate on, not in that to train on")
+
+
+# --- Masks, for segmentation.
+
+
+def open_masks(root):
+    """The sets of a folder laid out as VOC, ADE20K or plainly. Every mask is looked at. Raises data.Ended."""
+    root, parts, seen = Path(root), [], []
+    voc, ade = (root / "ImageSets/Segmentation").is_dir(), (root / "annotations/training").is_dir()
+    for part, long in (("train", "training"), ("val", "validation")):
+        images, masks = f"{part}/images", f"{part}/masks"
+        if voc or ade:
+            images, masks = (
+                (f"images/{long}", f"annotations/{long}") if ade else ("JPEGImages", "SegmentationClass")
+            )
+        found = {path.stem: str(path) for path in listed(root, f"{images}/*")}
+        stems = listed(root, f"ImageSets/Segmentation/{part}.txt")[0].read_text().split() if voc else found
+        if lost := set(stems) - found.keys():
+            raise data.Ended(f"{root}/{images} has no image {min(lost)}, which ImageSets/Segmentation names")
+        pairs, values = [(found[stem], str(root / masks / f"{stem}.png")) for stem in stems], {}
+        with ThreadPoolExecutor(script.CPUS) as pool:
+            for (_, mask), some in zip(pairs, pool.map(look, pairs)):
+                values |= {v - ade: mask for v in some if v not in values and v != (0 if ade else IGNORED)}
+        parts.append(Records([(*pair, ade) for pair in pairs], read_mask))
+        seen.append(values)
+    train, val = seen
+    last, listing = max(train, default=0), root / "classes.txt"
+    names = [*map(str, range(150 if ade else max(last, *val, 0) + 1))]
+    if listing.exists():
+        names = listing.read_text().splitlines()
+    elif not ade and len(train) <= last or len(train) < 2:
+        mask, missing = train.get(last, pairs[0][1]), min(set(range(last + 2)) - train.keys())
+        reason = f"{mask} has class {last}, but no mask to train on has class {missing}"
+        line = f"{reason}: 255 is not labelled, classes count from 0, or {listing} names them, one a line"
+        raise data.Ended(line)
+    for v, mask in (train | val).items():
+        if v >= len(names):
+            raise data.Ended(f"{mask} has the value {v + ade}, which is no class: there are {len(names)}")
+    same_classes([names[v] for v in train], [names[v] for v in val], root)
+    return data.Sets(*parts, names)
+
+
+def look(pair):
+    """The values that a mask has. Raises data.Ended where it does not fit its image or is no mask."""
+    image, mask = pair
+    try:
+        with Image.open(image) as file:
+            size = file.size[::-1] if file.getexif().get(0x0112, 1) > 4 else file.size  # as it is turned
+        with Image.open(mask) as file:  # by Pillow: torchvision misreads palettes of less than 8 bits
+            if file.mode not in ("1", "L", "P"):
+                raise data.Ended(f"{mask} is {file.mode}; a mask has one number a pixel, that of its class")
+            if file.size != size:
+                raise data.Ended(f"{mask} is of {file.size} px, its image of {size}; they must be alike")
+            return np.bincount(np.asarray(file).ravel()).nonzero()[0].tolist()
+    except FileNotFoundError as e:
+        raise data.Ended(f"{image} has no mask: {mask} is not there") from e
+    except OSError as e:
+        raise data.Ended(f"{mask} or its image can't be read: {e}") from e
+
+
+def read_mask(image, mask, ade):
+    mask = torch.from_numpy(np.array(Image.open(mask), dtype=np.uint8) - np.uint8(ade))  # 0 becomes 255
+    return image_of(image, mask.shape[::-1]), {"mask": mask}
+
+
+def as_masks(sets):
+    """Scenes with a mask of classes each, of which 0 is the ground."""
+
+    def change(image, known):
+        mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
+        for label, seen in zip(known["labels"], known["masks"]):
+            mask[seen] = label + 1
+        return image, {"mask": mask}
+
+    parts = ([change(*scene) for scene in part] for part in (sets.train, sets.val))
+    return data.Sets(*parts, ["ground", *sets.classes])
+
+
+# --- Boxes, for detection.
+
+
+def open_boxes(root):
+    """The sets of a folder laid out as COCO or as VOC, and whether all objects to train on have masks, in
+    polygons. Every annotation is looked at. Raises data.Ended."""
+    root = Path(root)
+    if (root / "annotations").is_dir():
+        files = [listed(root, f"annotations/instances_{part}*.json")[0] for part in ("train", "val")]
+        parts = [[*of_coco(file, root / file.stem.removeprefix("instances_"))] for file in files]
+    elif (root / "ImageSets/Main").is_dir():
+        files = [listed(root, f"ImageSets/Main/{part}.txt")[0] for part in ("train", "val")]
+        parts = [[*of_voc(root, file)] for file in files]
+    else:
+        raise data.Ended(f"{root} is laid out neither as COCO (annotations/) nor as VOC (ImageSets/Main/)")
+    for file, records in zip(files, parts):
+        if odd := [(path, o) for path, _, objects in records for o in objects if not sound(o["box"])]:
+            path, o = odd[0]
+            line = f"{file}: the box {o['box']} of a {o['name']} in {path} has no area or no end"
+            if 100 * len(odd) > sum(len(objects) for *_, objects in records):
+                raise data.Ended(f"{line}; mend it, or take it out")
+            script.say(f"{line}; {len(odd)} such are left out")
+    train, val = ({o["name"]: 0 for *_, objects in records for o in objects} for records in parts)
+    same_classes(train, val, root)
+    number = {name: i for i, name in enumerate(sorted(train))}
+    masked = all(
+        o["crowd"] or o["shape"] and isinstance(o["shape"], list) for *_, some in parts[0] for o in some
+    )
+    parts = [Records([(*record, number, masked) for record in records], read_boxes) for records in parts]
+    return data.Sets(*parts, [*number]), masked
+
+
+def sound(box):
+    return all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]
+
+
+CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+def of_voc(root, file):
+    """Of each image that the file names its path, size, and objects, dicts."""
+    images = {path.stem: str(path) for path in listed(root, "JPEGImages/*")}
+    for stem in file.read_text().split():
+        path, objects = root / "Annotations" / f"{stem}.xml", []
+        if stem not in images:
+            raise data.Ended(f"{root}/JPEGImages has no image {stem}, which {file} names")
+        try:
+            tree = xml.etree.ElementTree.parse(path)
+            size = [int(tree.find(f"size/{side}").text) for side in ("width", "height")]
+            for o in tree.iter("object"):
+                name, ignore = o.find("name").text, o.findtext("difficult") == "1"
+                left, top, *end = (float(o.find(f"bndbox/{k}").text) for k in CORNERS)
+                box = [left - 1, top - 1, *end]  # VOC counts pixels from 1
+                objects.append(
+                    {"name": name, "box": box, "ignore": ignore, "crowd": False, "area": None, "shape": None}
+                )
+        except (OSError, AttributeError, ValueError, xml.etree.ElementTree.ParseError) as e:
+            raise data.Ended(f"{path} can't be read as an annotation of VOC: {e!r}") from e
+        yield images[stem], size, objects
+
+
+def of_coco(file, folder):
+    """The same of a file of COCO, whose images are in the folder."""
+    try:
+        content, of = json.loads(file.read_bytes()), collections.defaultdict(list)
+        names = {c["id"]: c["name"] for c in content["categories"]}
+        for a in content["annotations"]:
+            x, y, w, h = a["bbox"]
+            o = {"name": names[a["category_id"]], "box": [x, y, x + w, y + h], "ignore": False}
+            o |= {"crowd": bool(a.get("iscrowd")), "area": a.get("area"), "shape": a.get("segmentation")}
+            of[a["image_id"]].append(o)
+        there = set(os.listdir(folder)) if folder.is_dir() else set()
+        for image in content["images"]:
+            if image["file_name"] not in there:
+                raise data.Ended(f"{folder} has no image {image['file_name']}, which {file} names")
+            yield str(folder / image["file_name"]), (image["width"], image["height"]), of[image["id"]]
+    except (KeyError, OSError, TypeError, ValueError) as e:
+        raise data.Ended(f"{file} can't be read as annotations of COCO: {e!r}") from e
+
+
+def read_boxes(path, size, objects, number, masked):
+    objects = [o for o in objects if sound(o["box"])]
+    boxes = torch.tensor([o["box"] for o in objects], dtype=torch.float).view(-1, 4)
+    sides = boxes[:, 2:] - boxes[:, :2]
+    area = torch.tensor([math.nan if o["area"] is None else o["area"] for o in objects])
+    known = {"boxes": boxes, "labels": torch.tensor([number[o["name"]] for o in objects], dtype=torch.long)}
+    known |= {key: torch.tensor([o[key] for o in objects], dtype=torch.bool) for key in ("crowd", "ignore")}
+    known["area"] = area.where(area.isfinite(), sides.prod(1))
+    if masked:
+        masks = [torch.zeros(size[::-1], dtype=torch.bool), *(mask_of(o, size) for o in objects)]
+        known["masks"] = torch.stack(masks)[1:]
+    return image_of(path, size), known
+
+
+def mask_of(o, size):
+    """An object's mask, (H, W) bool, from COCO's polygons; a crowd's, which is run lengths, is left empty."""
+    canvas = Image.new("1", tuple(size))
+    for polygon in o["shape"] if not o["crowd"] else []:
+        ImageDraw.Draw(canvas).polygon(polygon, 1, 1)
+    return torch.from_numpy(np.array(canvas))

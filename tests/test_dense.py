@@ -1,0 +1,488 @@
+"""Segmentation and detection: measures worked by hand, the folders that they read, and how they fine-tune."""
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_experiments import Here
+from torch import nn
+
+import annotated
+import data
+import dense
+import detection
+import runs
+import segmentation
+import train as script
+
+FOLDER = Path(runs.__file__).parent
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Checkpoints as train.py leaves them, of untrained models: checkpoint("vit_micro") gives a path."""
+
+    def write(model):
+        s = script.parse(["--model", model, "--device", "cpu"])
+        script.recipe(s, 32, 8000)
+        torch.manual_seed(0)
+        path = tmp_path / f"{model}.pt"
+        torch.save({"model": script.build(s, 10).state_dict(), "settings": vars(s)}, path)
+        return str(path)
+
+    return write
+
+
+# --- Average precision.
+
+
+def boxes(*edges, labels=None, scores=None, crowd=(), ignore=()):
+    """What is known of an image, or found in it, if scores are given."""
+    found = {"boxes": torch.tensor(edges, dtype=torch.float).view(-1, 4)}
+    found["labels"] = torch.tensor(labels or [0] * len(edges), dtype=torch.long)
+    if scores is not None:
+        return found | {"scores": torch.tensor(scores, dtype=torch.float)}
+    sides = found["boxes"][:, 2:] - found["boxes"][:, :2]
+    flags = {
+        k: torch.tensor([i in v for i in range(len(edges))], dtype=torch.bool)
+        for k, v in FLAGS(crowd, ignore)
+    }
+    return found | flags | {"area": sides.prod(1)}
+
+
+FLAGS = lambda crowd, ignore: (("crowd", crowd), ("ignore", ignore))
+A, B, FAR = (0, 0, 10, 10), (20, 0, 30, 10), (50, 50, 60, 60)
+RIGHT, HALF = [100.0] * 3, [51 * 100 / 101] * 3  # of 101 recalls those from 0 to 0.5
+
+
+@pytest.mark.parametrize(
+    "found, known, expected",
+    [
+        ([boxes(A, scores=[0.3])], [boxes(A)], RIGHT),
+        ([boxes(A, scores=[0.3])], [boxes(A, B)], HALF),
+        ([boxes(FAR, A, scores=[0.9, 0.3])], [boxes(A)], [50.0] * 3),  # right at the second place
+        ([boxes(A, A, scores=[0.9, 0.8])], [boxes(A)], RIGHT),  # what is found twice comes too late to harm
+        ([boxes((0, 0, 10, 6), scores=[0.9])], [boxes(A)], [30.0, 100.0, 0.0]),  # 0.6 of it: 0.5, 0.55, 0.6
+        ([boxes(A, scores=[0.9], labels=[1])], [boxes(A)], [0.0] * 3),
+        ([boxes(A, FAR, scores=[0.3, 0.9])], [boxes(A, FAR, ignore=[1])], RIGHT),
+        ([boxes(A, FAR, FAR, scores=[0.3, 0.9, 0.8])], [boxes(A, FAR, ignore=[1])], [50.0] * 3),  # it is one
+        ([boxes(A, FAR, FAR, scores=[0.3, 0.9, 0.8])], [boxes(A, FAR, crowd=[1])], RIGHT),  # a crowd is many
+        ([boxes((50, 50, 52, 52), A, scores=[0.9, 0.3])], [boxes(A, FAR, crowd=[1])], RIGHT),  # inside it
+        ([boxes(scores=[]), boxes(A, scores=[0.5])], [boxes(), boxes(A)], RIGHT),
+        ([boxes(A, scores=[0.9]), boxes(A, scores=[0.5])], [boxes(), boxes(A)], [50.0] * 3),
+        (
+            [boxes(A, scores=[0.5]), boxes(A, scores=[0.5])],
+            [boxes(), boxes(A)],
+            [50.0] * 3,
+        ),  # a tie: in order
+        ([boxes(A, scores=[0.5]), boxes(A, scores=[0.5])], [boxes(A), boxes()], RIGHT),
+        ([boxes(scores=[])], [boxes(A)], [0.0] * 3),
+    ],
+)
+def test_average_precision_by_hand(found, known, expected):
+    result = detection.average_precision(found, known, 2)
+    assert [result[k] for k in ("AP", "AP50", "AP75", "AP small")] == pytest.approx([*expected, expected[0]])
+    assert np.isnan(result["AP medium"]) and np.isnan(result["AP large"])
+
+
+def test_average_precision_by_size_leaves_other_sizes_out_and_classes_without_objects_too():
+    large = (0, 0, 100, 100)
+    found = [boxes(large, (200, 0, 250, 50), scores=[0.5, 0.9])]
+    result = detection.average_precision(found, [boxes(large, FAR)], 3)
+    assert result["AP large"] == pytest.approx(100)  # what is found of medium size is not wrong there
+    assert result["AP small"] == 0 and np.isnan(result["AP medium"])
+    assert np.isnan(detection.average_precision([boxes(scores=[])], [boxes()], 3)["AP"])
+
+
+# --- Intersection over union.
+
+
+def test_mean_iou_by_hand():
+    truth = torch.tensor([[0, 0, 1, 1], [0, 0, 1, 255]], dtype=torch.uint8)
+    said = torch.tensor([[0, 0, 1, 0], [0, 2, 1, 2]])
+    matrix = segmentation.confusion(said, truth, 4)
+    assert matrix.tolist() == [[3, 0, 1, 0], [1, 2, 0, 0], [0] * 4, [0] * 4]
+    found = segmentation.scores(matrix)  # class 2 is said, and wrong; class 3 is nowhere
+    assert found["miou"] == pytest.approx(100 * (3 / 5 + 2 / 3 + 0) / 3)
+    assert found["accuracy"] == pytest.approx(100 * 5 / 7)
+
+
+# --- Models.
+
+
+def test_batch_norm_is_torchs_and_takes_a_single_value():
+    ours, theirs = segmentation.BatchNorm(3), nn.BatchNorm2d(3)
+    x = torch.randn(4, 3, 5, 6, requires_grad=True)
+    for _ in range(2):
+        a, b = (norm(x * 2 + 3) for norm in (ours, theirs))
+        torch.testing.assert_close(a, b)
+        gradients = [torch.autograd.grad(y.square().sum() + y[0].sum(), x)[0] for y in (a, b)]
+        torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        ours.state_dict(), {**theirs.state_dict(), "num_batches_tracked": torch.tensor(0)}
+    )
+    torch.testing.assert_close(ours.eval()(x), theirs.eval()(x))
+    assert segmentation.BatchNorm(3)(torch.randn(1, 3, 1, 1)).eq(0).all()
+
+
+@pytest.mark.parametrize("model, strides", [("vit_micro", [4, 8, 16, 32]), ("swin_micro", [2, 4])])
+def test_levels_are_maps_of_growing_strides(checkpoint, model, strides):
+    levels = dense.Levels(argparse.Namespace(init=checkpoint(model), load=True, model=None))
+    assert levels.strides == strides
+    maps = levels(torch.randn(2, 3, 64, 96))
+    sizes = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(levels.channels, strides)]
+    assert [tuple(m.shape) for m in maps] == sizes
+    for p in levels.parameters():  # under DDP a parameter without a gradient would be waited for
+        p.grad = None
+    sum(m.square().sum() for m in maps).backward()
+    assert all(p.grad is not None for p in levels.parameters())
+
+
+@torch.no_grad()
+def test_an_image_is_segmented_whole_or_by_crops_at_any_size(checkpoint):
+    settings = segmentation.SMALL | {"init": checkpoint("swin_micro"), "load": True, "model": None}
+    s = argparse.Namespace(**settings, seed=0, device="cpu")
+    model, image = segmentation.Segmenter(s, 3).eval(), torch.randint(256, (3, 45, 100), dtype=torch.uint8)
+    for s.slide in (False, True):
+        assert segmentation.predict(model, image, s).shape == (45, 100)
+    square = image[:, :, :45]  # one crop is the whole
+    both = [segmentation.predict(model, square, argparse.Namespace(**vars(s) | {"slide": v})) for v in (0, 1)]
+    assert torch.equal(*both)
+    s.size = 63
+    with pytest.raises(data.Ended, match="--size must be a multiple of the 2 px of a patch, got 63"):
+        segmentation.Segmenter(s, 3)
+
+
+# --- Scenes and folders.
+
+
+def test_scenes_are_drawn_from_the_seed_and_boxes_are_those_of_what_is_seen():
+    some, again = (annotated.scenes(40, 3, range(5, 10)) for _ in range(2))
+    hidden = 0
+    for (image, known), (other, _) in zip(some, again):
+        assert torch.equal(image, other) and image.shape == (3, 64, 64)
+        assert 1 <= len(known["boxes"]) <= 4 and known["masks"].sum(0).max() <= 1  # a pixel is of one object
+        for (left, top, right, bottom), mask in zip(known["boxes"].int().tolist(), known["masks"]):
+            assert mask[top:bottom, left:right].sum() == mask.sum()
+            assert mask[top, left:right].any() and mask[bottom - 1, left:right].any()
+            assert mask[top:bottom, left].any() and mask[top:bottom, right - 1].any()
+        assert known["labels"].max() < 5 and torch.equal(known["area"], known["masks"].sum((1, 2)).float())
+        hidden += int(known["ignore"].sum())
+    assert hidden
+
+
+def picture(path, size=(50, 40), seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = np.random.default_rng(seed).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(values).save(path)
+
+
+def mask(path, values, size=(50, 40), palette=False):
+    """A PNG of stripes of these values."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = np.repeat(np.array(values, dtype=np.uint8), -(-size[1] // len(values)))[: size[1]]
+    image = Image.fromarray(np.tile(rows[:, None], size[0]), "P" if palette else "L")
+    if palette:
+        image.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+    image.save(path, bits=2) if palette else image.save(path)
+
+
+@pytest.fixture(params=["plain", "ade20k", "voc"])
+def masks(tmp_path, request):
+    """A folder in each layout, of two images a part, and (train, val) paths of its masks."""
+    root, layout, paths = tmp_path / "set", request.param, []
+    for part, long in (("train", "training"), ("val", "validation")):
+        images, folder = {
+            "plain": (root / part / "images", root / part / "masks"),
+            "ade20k": (root / "images" / long, root / "annotations" / long),
+            "voc": (root / "JPEGImages", root / "SegmentationClass"),
+        }[layout]
+        for i in range(2):
+            picture(images / f"{part}{i}.jpg", seed=i)
+            values = [0, 1, 2, 1] if layout == "voc" else [0, 1, 2, 255]
+            values = [(v + 1) % 256 for v in values] if layout == "ade20k" else values
+            mask(folder / f"{part}{i}.png", values, palette=layout == "voc")
+            paths.append(folder / f"{part}{i}.png")
+        if layout == "voc":
+            listing = root / "ImageSets" / "Segmentation" / f"{part}.txt"
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            listing.write_text(f"{part}0\n{part}1\n")
+    return root, layout, paths
+
+
+def test_folders_of_masks_are_read_in_each_layout(masks):
+    root, layout, _ = masks
+    sets = annotated.open_masks(root)
+    assert len(sets.train) == len(sets.val) == 2 and len(sets.classes) == (150 if layout == "ade20k" else 3)
+    image, known = sets.train[1]
+    assert image.shape == (3, 40, 50) and image.dtype == known["mask"].dtype == torch.uint8
+    last = 1 if layout == "voc" else 255
+    assert known["mask"][:, 7].tolist() == [0] * 10 + [1] * 10 + [2] * 10 + [last] * 10
+
+
+def test_masks_that_do_not_fit_are_named_with_the_remedy(masks):
+    root, layout, (first, second, val, _) = masks
+    more = int(layout == "ade20k")
+
+    def refused(match, path, *values, **options):
+        before = path.read_bytes()
+        mask(path, values, **options)
+        with pytest.raises(data.Ended, match=match):
+            annotated.open_masks(root)
+        path.write_bytes(before)
+
+    refused(f"{first} is of .*; they must be alike", first, 0, 1, 2, size=(40, 50))
+    refused("class '3' is in .*'s part to validate on, not in", val, more, 3 + more, 2 + more)
+    if layout == "ade20k":
+        refused(f"{second} has the value 151, which is no class: there are 150", second, 1, 151)
+    else:
+        refused(f"{second} has class 9, but no mask to train on has class 3: .* count from 0", second, 9)
+        mask(second, [0, 255])
+        refused("has class 0, but no mask to train on has class 1: 255 is not labelled", first, 0, 255)
+        mask(second, [0, 1, 2])
+        (root / "classes.txt").write_text("ground\nroad\n")
+        refused("has the value 2, which is no class: there are 2", first, 0, 1, 2)
+    Image.new("RGB", (50, 40)).save(first)
+    with pytest.raises(data.Ended, match=f"{first} is RGB; a mask has one number a pixel"):
+        annotated.open_masks(root)
+    first.write_bytes(b"no image")
+    with pytest.raises(data.Ended, match=f"{first} or its image can't be read"):
+        annotated.open_masks(root)
+    first.unlink()
+    with pytest.raises(data.Ended, match=f"has no mask: {first} is not there"):
+        annotated.open_masks(root)
+
+
+def test_missing_parts_of_a_layout_are_named(tmp_path, masks):
+    with pytest.raises(data.Ended, match=r"has no train/images/\*; --help tells how"):
+        annotated.open_masks(tmp_path)
+    root, layout, _ = masks
+    if layout == "voc":
+        (root / "ImageSets/Segmentation/train.txt").write_text("train0\nelsewhere\n")
+        with pytest.raises(data.Ended, match="JPEGImages has no image elsewhere, which"):
+            annotated.open_masks(root)
+        (root / "ImageSets/Segmentation/train.txt").unlink()
+        with pytest.raises(data.Ended, match="has no ImageSets/Segmentation/train.txt"):
+            annotated.open_masks(root)
+    with pytest.raises(data.Ended, match="laid out neither as COCO"):
+        annotated.open_boxes(tmp_path)
+
+
+OBJECT = "<object><name>{}</name><difficult>{}</difficult><bndbox>{}</bndbox></object>"
+CORNERS = "<xmin>{}</xmin><ymin>{}</ymin><xmax>{}</xmax><ymax>{}</ymax>"
+
+
+def voc(root, part, stem, *objects, size=(50, 40)):
+    """An image and its XML. objects: name, difficult, and corners that count pixels from 1."""
+    picture(root / "JPEGImages" / f"{stem}.jpg", size=(50, 40))
+    path = root / "Annotations" / f"{stem}.xml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    found = "".join(OBJECT.format(name, hard, CORNERS.format(*edges)) for name, hard, edges in objects)
+    sides = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+    path.write_text(f"<annotation>{sides}{found}</annotation>")
+    listing = root / "ImageSets" / "Main" / f"{part}.txt"
+    listing.parent.mkdir(parents=True, exist_ok=True)
+    with listing.open("a") as file:
+        file.write(f"{stem}\n")
+
+
+def test_vocs_boxes_count_pixels_from_one(tmp_path):
+    voc(tmp_path, "train", "a", ("cat", 0, (5, 5, 5, 9)), ("ant", 1, (1, 1, 50, 40)))
+    voc(tmp_path, "train", "empty")
+    voc(tmp_path, "val", "b", ("cat", 0, (1, 1, 2, 2)))
+    sets, masks = annotated.open_boxes(tmp_path)
+    assert sets.classes == ["ant", "cat"] and not masks
+    _, known = sets.train[0]
+    assert known["boxes"].tolist() == [[4, 4, 5, 9], [0, 0, 50, 40]] and known["labels"].tolist() == [1, 0]
+    assert known["ignore"].tolist() == [False, True] and known["area"].tolist() == [5, 2000]
+    assert sets.train[1][1]["boxes"].shape == (0, 4)
+
+    voc(tmp_path, "val", "c", ("dog", 0, (1, 1, 9, 9)))
+    with pytest.raises(data.Ended, match="class 'dog' is in .* validate on, not in that to train on"):
+        annotated.open_boxes(tmp_path)
+    for edges in ((9, 1, 7, 9), (1, "nan", 9, 9)):
+        voc(tmp_path, "train", "d", ("dog", 0, edges))
+        with pytest.raises(data.Ended, match="the box .* of a dog in .*d.jpg has no area or no end; mend it"):
+            annotated.open_boxes(tmp_path)
+    voc(tmp_path, "train", "d", ("dog", 0, (1, 1, 9, 9)), size=(40, 50))
+    with pytest.raises(data.Ended, match="d.jpg is 50 x 40 px, its annotation 40 x 50; they must be alike"):
+        annotated.open_boxes(tmp_path)[0].train[2]
+    (tmp_path / "Annotations" / "d.xml").unlink()
+    with pytest.raises(data.Ended, match="d.xml can't be read as an annotation of VOC"):
+        annotated.open_boxes(tmp_path)
+
+
+def coco(root, part, *annotations):
+    """Two images and a file of annotations: dicts that lack what is the same for all."""
+    images = [{"id": i, "file_name": f"{i}.jpg", "width": 50, "height": 40} for i in (7, 8)]
+    for image in images:
+        picture(root / f"{part}2017" / image["file_name"])
+    square = {"image_id": 7, "category_id": 90, "iscrowd": 0, "segmentation": [[2, 2, 12, 2, 12, 12, 2, 12]]}
+    annotations = [{"id": i, **square, "bbox": [2, 2, 10, 10], **a} for i, a in enumerate(annotations)]
+    names = [{"id": 90, "name": "cat"}, {"id": 3, "name": "dog"}]
+    path = root / "annotations" / f"instances_{part}2017.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": names}))
+    return path
+
+
+def test_cocos_boxes_masks_and_crowds(tmp_path):
+    crowd = {
+        "iscrowd": 1,
+        "segmentation": {"counts": [2000], "size": [40, 50]},
+        "category_id": 3,
+        "area": 9.5,
+    }
+    coco(tmp_path, "train", {}, crowd)
+    path = coco(tmp_path, "val", {"category_id": 3})
+    sets, masks = annotated.open_boxes(tmp_path)
+    assert masks and sets.classes == ["cat", "dog"] and len(sets.train) == 2
+    _, known = sets.train[0]
+    assert known["boxes"].tolist() == [[2, 2, 12, 12]] * 2 and known["crowd"].tolist() == [False, True]
+    assert known["area"].tolist() == [100, 9.5] and 90 <= known["masks"][0].sum() <= 130
+    assert sets.train[1][1]["masks"].shape == (0, 40, 50)  # an image without objects
+
+    (tmp_path / "val2017" / "8.jpg").unlink()
+    with pytest.raises(data.Ended, match="val2017 has no image 8.jpg, which .*instances_val2017.json names"):
+        annotated.open_boxes(tmp_path)
+    coco(tmp_path, "val", {"bbox": [2, 2, 0, 5]})
+    with pytest.raises(data.Ended, match=f"{path}: the box .* of a cat in .* has no area"):
+        annotated.open_boxes(tmp_path)
+    path.write_text("[]")
+    with pytest.raises(data.Ended, match=f"{path} can't be read as annotations of COCO"):
+        annotated.open_boxes(tmp_path)
+
+
+# --- Fine-tuning.
+
+TINY = [
+    "--scenes",
+    8,
+    "--val-images",
+    6,
+    "--tune-steps",
+    3,
+    "--tune-batch-size",
+    4,
+    "--seeds",
+    1,
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Run an experiment's main in this process and a folder of its own. Gives its Markdown."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+
+    def main(experiment, *args):
+        monkeypatch.setattr(sys, "argv", [experiment.__name__, *map(str, [*TINY, *args])])
+        experiment.main()
+        assert Path(f"runs/experiments/{experiment.__name__}.svg").read_text().endswith("</svg>\n")
+        assert Path(f"runs/experiments/{experiment.__name__}.png").stat().st_size > 10_000
+        return Path(f"runs/experiments/{experiment.__name__}.md").read_text()
+
+    return main
+
+
+@pytest.mark.parametrize("experiment", [segmentation, detection], ids=["segmentation", "detection"])
+def test_each_start_of_each_model_is_fine_tuned(run, monkeypatch, experiment):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
+    monkeypatch.setattr(data, "SHAPES_VAL", 60)
+    table = run(experiment, "--images", 40, "--passes", 1).splitlines()[2:8]
+    starts = [
+        (model, start)
+        for model in ("vit_micro", "swin_micro")
+        for start in ("from scratch", "area", "TL-Align")
+    ]
+    assert [tuple(row.split(" | ")[:2]) for row in table] == [
+        ("| " + model, start) for model, start in starts
+    ]
+
+
+@pytest.mark.parametrize("experiment", [segmentation, detection], ids=["segmentation", "detection"])
+def test_two_processes_come_to_the_same_numbers_as_one(run, start, tmp_path, checkpoint, experiment):
+    args = [*TINY, "--checkpoints", checkpoint("vit_micro"), "--scenes", 6]
+    two = start(2, *args, "--runs", "two", script=FOLDER / f"{experiment.__name__}.py")
+    run(experiment, *args)
+    assert two.wait() == 0, two.log.read_text()
+    one, other = (next(tmp_path.glob(f"{name}/**/last.pt")) for name in ("runs/experiments", "two"))
+    a, b = (torch.load(path, weights_only=True) for path in (one, other))
+    torch.testing.assert_close(a["model"], b["model"], atol=2e-4, rtol=1e-3)
+    a, b = (json.loads(path.with_name("result.json").read_bytes()) for path in (one, other))
+    assert a == pytest.approx(b, abs=0.5, nan_ok=True)
+
+
+def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, checkpoint):
+    sets = annotated.as_masks(data.Sets(annotated.scenes(6, 0, range(5)), [], data.SHAPES[:5]))
+    settings = segmentation.SMALL | {"init": checkpoint("vit_micro"), "load": True, "model": None, "steps": 4}
+    settings |= {"seed": 0, "device": "cpu", "workers": 0, "batch_size": 2, "eval": None}
+    read = []
+
+    def fit(out, at=None):
+        s = argparse.Namespace(**settings, out=str(tmp_path / out))
+        change = segmentation.crops(s)
+
+        def transform(*item):
+            read.append(1)
+            if len(read) == at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return change(*item)
+
+        dense.fit(s, segmentation.Segmenter(s, 6), transform, sets, lambda *_: {"miou": 1.0})
+        return torch.load(tmp_path / out / "last.pt", weights_only=True)
+
+    whole = fit("whole")
+    read.clear()
+    with pytest.raises(data.Ended, match="stopped after step 2; the same command goes on"):
+        fit("stopped", at=4)
+    assert not (tmp_path / "stopped" / "result.json").exists()
+    stopped = fit("stopped")
+    assert stopped["step"] == 4 and all(
+        torch.equal(v, stopped["model"][k]) for k, v in whole["model"].items()
+    )
+    settings["lr"] = 1.0
+    with pytest.raises(data.Ended, match="holds another run: --lr is 0.001 there, 1.0 here"):
+        fit("whole")
+
+
+def test_images_without_objects_or_labels_train(checkpoint):
+    settings = {"init": checkpoint("vit_micro"), "load": True, "model": None, "seed": 0}
+    image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
+    s = argparse.Namespace(**segmentation.SMALL | settings)
+    unlabelled = {"mask": torch.full((64, 64), 255, dtype=torch.uint8)}
+    ((loss, count),) = segmentation.Segmenter(s, 3)([image], [unlabelled], [(0, "a")])
+    assert loss == 0 and count == 0
+    s = argparse.Namespace(**detection.SMALL | settings)
+    (scene, known), *_ = annotated.scenes(1, 0, range(5))
+    nothing = {k: v[:0] for k, v in known.items()}
+    item = detection.prepared(s)(image, nothing)
+    losses = detection.Detector(s, 5)([item[0]], [item[1]], [(0, "a")])
+    assert len(losses) == 5 and all(loss.isfinite() for loss, _ in losses)
+    sum(loss for loss, _ in losses).backward()
+
+
+def test_what_cannot_be_started_from_is_refused(run, tmp_path, checkpoint):
+    with pytest.raises(data.Ended, match="--data somewhere asks for --checkpoints FILE"):
+        run(segmentation, "--data", "somewhere")
+    with pytest.raises(data.Ended, match="is of another model"):
+        run(segmentation, "--checkpoints", checkpoint("swin_micro"), "--model", "vit_micro")
+    with pytest.raises(data.Ended, match="nowhere.pt can't be read"):
+        run(detection, "--checkpoints", "nowhere.pt")

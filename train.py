@@ -74,6 +74,7 @@ def parse(argv):
     add("--root", default="data", help="folder that torchvision's sets are downloaded to")
     add("--model", default="vit_micro", choices=MODELS, help="which model")
     add("--mix", default="cutmix", choices=["cutmix", "mixup", "none"], help="how two images are mixed")
+    add("--unmixed", type=share, default=0.0, help="share of images that are left as they are")
     add("--targets", default="tl_align", choices=["tl_align", "area", "transmix"], help="how it is labelled")
     add("--img-size", type=count, help="side of the images in pixels")
     add("--patch-size", type=count, help="side of a patch in pixels")
@@ -111,10 +112,9 @@ def parse(argv):
 
 
 def recipe(s, side, images):
-    """Fill in what was not given. Images above 64 px get the paper's recipe, or Swin's own with Swin; smaller
-    ones what trains small models well. With --init, DeiT's for fine-tuning: large images learn at a tenth
-    of the rate, above 224 px, where a resolution changes, at a hundredth. side: of the set's images in
-    pixels. images: how many there are to train on. Returns s."""
+    """Fill in what was not given: for images above 64 px the paper's recipe, or Swin's own; for others what
+    trains small models well; with --init, DeiT's for fine-tuning, of large ones at a tenth of the rate, above
+    224 px at a hundredth. side: of the images in pixels; images: how many to train on. Returns s."""
     fill = vars(s).setdefault
     swin_like, micro, tune = s.model.startswith("swin"), s.model.endswith("micro"), s.init is not None
     large, cuda = vars(s).get("img_size", side) > data.SMALL, s.device == "cuda"
@@ -302,10 +302,9 @@ def optimizer(model, s):
 
 
 class Trainer:
-    """A model and its optimizer, and the step that trains them. raw is the model itself, with the official
-    parameter names; ddp the same, distributed; model what a step calls, compiled as well; ema the running
-    mean of the weights, or None; loss what a step minimises. rows: the slice of every batch that is this
-    process's, cut anywhere between two pairs, so that no size is forbidden."""
+    """A model and its optimizer, and the step that trains them. raw: the model, with the official names; ddp:
+    the same, distributed; model: what a step calls, compiled as well; ema: the running mean of weights or
+    None; loss: what a step minimises; rows: this process's slice of a batch, cut between pairs."""
 
     def __init__(self, s, classes):
         self.s, self.device, self.loss = s, torch.device(s.device), tl_align.mixed_loss
@@ -330,6 +329,7 @@ class Trainer:
             group["lr"] = lr_at(step, s, steps)
         # A row a sample: 16 numbers for augmentation, 3 for mixing, 2 a block for drop path.
         rand = uniform((s.batch_size, 19 + 2 * self.raw.depth), s.seed, "step", step)[self.rows]
+        rand[:, 16].div_(1 - s.unmixed).clamp_(max=1)  # at 1 nothing is pasted
         size = s.micro_batch or len(images)
         for start in range(0, len(images), size):
             part, last = slice(start, start + size), start + size >= len(images)

@@ -214,19 +214,18 @@ def arguments(doc):
     """A parser of what both take. What has no default follows from the size, see `compare`."""
     parser = runs.arguments(doc, images=2000, passes=5)
     add = parser.add_argument
-    add(
-        "--checkpoints",
-        nargs="+",
-        default=[],
-        help="backbones, as train.py leaves them; the first is the baseline",
-    )
+    add("--checkpoints", nargs="+", default=[], help="of train.py, to start from; the first is the baseline")
     add("--model", help="what they are where a file does not tell, such as deit_small for DeiT's")
     add("--scenes", type=int, default=300, help="built-in scenes to train on [300]")
     add("--size", dest="tune_size", type=int, help="images' shorter side in pixels, for fine-tuning")
     add("--tune-steps", type=int, help="steps of fine-tuning")
     add("--tune-batch-size", type=int, help="images a step of fine-tuning, of all processes")
     add("--tune-lr", type=float, help="learning rate of fine-tuning")
-    add("--workers", type=int, default=0, help="processes that read images, for each that trains")
+    add(
+        "--workers",
+        type=int,
+        help="processes that read a folder's images, for each that trains [a core each]",
+    )
     return parser
 
 
@@ -237,6 +236,8 @@ def parsed(parser):
         if not args.checkpoints:
             raise data.Ended(f"--data {args.data} asks for --checkpoints FILE ..., backbones to start from")
         args.seeds, args.jobs = args.seeds if "--seeds" in sys.argv else 1, 0
+    cores = script.CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.data != "shapes" else 0
+    args.workers = cores if args.workers is None else args.workers
     if "RANK" in os.environ:
         if args.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
@@ -277,24 +278,26 @@ def compare(args, name, tune, sets, recipe, measures):
         for way, results in found.items():
             means = [f"{statistics.fmean(r[key] for r in results):.2f}" for key in measures]
             gains = [a[first] - b[first] for a, b in zip(results, found[base])]
-            rows.append(
-                [model, way, *means, *(["", ""] if way == base else [runs.signed(gains), f"{gains[0]:+.2f}"])]
-            )
+            told = ["", ""] if way == base else [runs.signed(gains), f"{gains[0]:+.2f}"]
+            rows.append([model, way, *means, *told])
             mean, half = runs.interval([r[first] for r in results])
             points.append((mean, mean - half, mean + half))
         panels.append((model, [*ways], {"mean over seeds and its 95 % interval": points}))
-    text = runs.table(head, rows)
-    text += (
+    text = (
         f"\n{s.steps} steps of {s.batch_size} of {len(sets.train)} images; {len(sets.val)} to validate on; "
     )
     text += f"seeds 0 to {args.seeds - 1}, ± is half the 95 % interval over them.\n"
+    text = runs.table(head, rows) + text
     return text, runs.chart(panels, measures[first], joined=False), tuned
 
 
-def write_picture(args, name, tuned, sets, draw):
-    """Leave NAME.png of the first seed's models of the first kind: draw(settings, sets) gives its bytes."""
-    kind = next(iter(tuned))[0]
+def write(args, name, compared, sets, draw):
+    """Print and leave the table and the chart, and NAME.png of the first seed's models of the first kind, of
+    which draw(settings, sets) gives the bytes. compared: as `compare` returns it."""
+    text, chart, tuned = compared
     if script.rank() == 0:
+        runs.write(args, name, text, chart)
+        kind = next(iter(tuned))[0]
         first = [s for (model, _, seed), s in tuned.items() if (model, seed) == (kind, 0)]
         script.write_beside(Path(args.runs) / f"{name}.png", draw(first, sets(0)))
-    script.say(f"some images, what is true, and what {kind or 'the models'} say: {args.runs}/{name}.png")
+        print(f"some images, what is true, and what {kind or 'the models'} say: {args.runs}/{name}.png")

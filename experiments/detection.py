@@ -82,9 +82,7 @@ class Detector(nn.Module):
         strides = body.levels.strides
         anchors = [(s.anchor * stride,) for stride in (*strides, 2 * strides[-1])]
         names = [str(i) for i in range(len(strides))]
-        few = (
-            1 if s.size > data.SMALL else 16
-        )  # of small images a sixteenth of what torchvision takes of others
+        few = 1 if s.size > data.SMALL else 16  # of small images a sixteenth of torchvision's candidates
         options = {
             "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
             "box_roi_pool": ops.MultiScaleRoIAlign(names, 7, 2),
@@ -110,7 +108,7 @@ class Detector(nn.Module):
 
     def forward(self, images, known=None, names=()):
         """images: a list of uint8 (3, H, W). Returns detections, or of each loss its (sum, count)."""
-        for part in (self.net.backbone, *self.samplers):
+        for part in (self.net.backbone, *self.samplers):  # torchvision would not hand them on
             part.names = names
         losses = self.net([image / 255 for image in images], known)
         if known is None:
@@ -283,9 +281,8 @@ def main():
         recipe = LARGE | {"steps": math.ceil(12 * len(opened.train) / batch), "masks": masks}
         sets = lambda seed: opened
     measures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}
-    text, chart, tuned = dense.compare(args, "detection", tune, sets, recipe, measures)
-    runs.write(args, "detection", text, chart)
-    dense.write_picture(args, "detection", tuned, sets, draw)
+    compared = dense.compare(args, "detection", tune, sets, recipe, measures)
+    dense.write(args, "detection", compared, sets, draw)
 
 
 if __name__ == "__main__":

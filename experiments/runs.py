@@ -32,6 +32,7 @@ METHODS = {
     "no mixing": {"mix": "none"},
     "Mixup": {"mix": "mixup"},
     "area": {"targets": "area"},
+    "area, half": {"targets": "area", "unmixed": 0.5},
     "TransMix": {"targets": "transmix"},
     "TL-Align": {},
     "TL-Align, norm": {"residual": "norm"},
@@ -167,8 +168,7 @@ def side_by_side(function, todo, args, of, result):
     of: how many there are with those that are done."""
     script.say(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs or 1} side by side")
     if not args.jobs:  # one after another, here, and on all processes of torchrun
-        _ = [function(*run) for run in todo]
-        return script.from_processes(None)  # so that nobody looks for what is not written yet
+        return [(function(*run), script.from_processes(0)) for run in todo]  # all wait until each is written
     began, threads = time.perf_counter(), max(1, script.CPUS // args.jobs)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, begin_process, (threads,)) as pool:
@@ -267,9 +267,8 @@ def table(head, rows):
 
 def write(args, name, text, chart, more=""):
     """Print the text, and leave it, and what is too long to print, as NAME.md beside the chart, NAME.svg."""
-    if script.rank() == 0:
-        for end, content in ((".md", text + more), (".svg", chart)):
-            script.write_beside(Path(args.runs) / f"{name}{end}", content.encode())
+    for end, content in ((".md", text + more), (".svg", chart)):
+        script.write_beside(Path(args.runs) / f"{name}{end}", content.encode())
     script.say(f"\n{text}\nthe same in {args.runs}/{name}.md, and drawn in {name}.svg")
 
 

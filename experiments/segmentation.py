@@ -95,9 +95,8 @@ class UperNet(nn.Module):
         for x, lateral in zip(reversed(above), reversed(self.lateral_convs)):
             rows.insert(0, lateral(x) + resize(rows[0], x.shape[2:]))
         rows = [*map(lambda f, x: f(x), self.fpn_convs, rows), rows[-1]]
-        return self.classifier(
-            self.fpn_bottleneck(torch.cat([resize(x, maps[0].shape[2:]) for x in rows], dim=1))
-        )
+        rows = [resize(x, maps[0].shape[2:]) for x in rows]
+        return self.classifier(self.fpn_bottleneck(torch.cat(rows, dim=1)))
 
 
 class Segmenter(nn.Module):
@@ -123,14 +122,9 @@ class Segmenter(nn.Module):
 
 def crops(s):
     """What training does to an image and its mask: another size, a crop, a flip, other colours."""
-    transform = v2.Compose(
-        [
-            v2.RandomResize(int(s.size / s.zoom), int(s.size * s.zoom) + 1),
-            v2.RandomCrop(s.size, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED}),
-            v2.RandomHorizontalFlip(),
-            v2.RandomPhotometricDistort(),
-        ]
-    )
+    resized = v2.RandomResize(int(s.size / s.zoom), int(s.size * s.zoom) + 1)
+    crop = v2.RandomCrop(s.size, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED})
+    transform = v2.Compose([resized, crop, v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()])
 
     def apply(image, known):
         image, mask = transform(Picture(image), Mask(known["mask"]))
@@ -165,10 +159,8 @@ def scores(matrix):
     """Mean intersection over union, of the classes that occur in truth or prediction, and the share of pixels
     that are right, in percent, from a matrix as `confusion` gives."""
     hit, union = matrix.diag().double(), (matrix.sum(0) + matrix.sum(1) - matrix.diag()).double()
-    return {
-        "miou": (100 * hit / union)[union > 0].mean().item(),
-        "accuracy": (100 * hit.sum() / matrix.sum()).item(),
-    }
+    miou = (100 * hit / union)[union > 0].mean().item()
+    return {"miou": miou, "accuracy": (100 * hit.sum() / matrix.sum()).item()}
 
 
 def score(model, sets, s):
@@ -190,8 +182,7 @@ COLOURS = [tuple(random.Random(i).choices(range(40, 256), k=3)) for i in range(2
 @torch.no_grad()
 def draw(tuned, sets, rows=4, side=128):
     """A PNG's bytes: images, what is true, and what the first seed's models of some starts say."""
-    cells = []
-    columns = [lambda image, known: known["mask"]]
+    cells, columns = [], [lambda image, known: known["mask"]]
     for s in tuned:
         model = Segmenter(s, len(sets.classes)).to(s.device).eval()
         model.load_state_dict(script.read_checkpoint(f"{s.out}/last.pt")["model"])
@@ -218,9 +209,8 @@ def main():
     else:
         opened = annotated.open_masks(args.data)
         sets = lambda seed: opened
-    text, chart, tuned = dense.compare(args, "segmentation", tune, sets, recipe, measures)
-    runs.write(args, "segmentation", text, chart)
-    dense.write_picture(args, "segmentation", tuned, sets, draw)
+    compared = dense.compare(args, "segmentation", tune, sets, recipe, measures)
+    dense.write(args, "segmentation", compared, sets, draw)
 
 
 if __name__ == "__main__":

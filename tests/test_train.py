@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import tl_align
 import train as script
 import vit
 
@@ -365,3 +366,16 @@ def test_the_lines_that_the_readme_shows_stand_in_the_code():
     (excerpt,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
     code = {line.split("#")[0].strip() for line in Path(vit.__file__).read_text().splitlines()}
     assert all(line.split("#")[0].strip() in code for line in excerpt.splitlines())
+
+
+def test_unmixed_is_the_share_of_images_that_stay_whole_and_boxes_are_spread_as_before():
+    sizes, images = [], torch.zeros(4000, 3, 32, 32, dtype=torch.uint8)
+    for share in (0.0, 0.75):
+        s = script.recipe(script.parse(["--unmixed", str(share), "--batch-size", "4000"]), 32, 8000)
+        trainer = script.Trainer(s, 10)
+        trainer.loss = lambda model, x, y, rand, *more: sizes.append(rand[:, 0]) or model.head.weight.sum()
+        trainer.step(images, torch.zeros(4000, dtype=torch.long), 0, 100)
+    assert sizes[0].max() < 1 and sizes[1].lt(1).float().mean() == pytest.approx(0.25, abs=0.03)
+    assert sizes[1][sizes[1] < 1].mean() == pytest.approx(0.5, abs=0.03)
+    assert tl_align.cutmix_mask(torch.ones(2, 3), (32, 32), 4).eq(0).all()  # nothing is pasted at 1
+    assert tl_align.mixup_mask(torch.ones(2, 3), (32, 32)).eq(0).all()

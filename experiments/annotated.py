@@ -59,14 +59,14 @@ def scenes(n, seed, classes, size=64, most=4):
 def scene_sets(args, seed, classes=range(5, 10)):
     """args.scenes scenes to train on, drawn by the seed, and some to validate on, the same for all."""
     parts = scenes(args.scenes, seed, classes), scenes(args.val_images or 300, "val", classes)
-    return data.Sets(*parts, data.SHAPES[classes.start : classes.stop])
+    return data.Sets(*map(Records, parts), data.SHAPES[classes.start : classes.stop])
 
 
 class Records(Dataset):
-    """Annotated images that are read when they are asked for, as read(*record). Records are one array, which
-    worker processes share (see `data.Folder`)."""
+    """Annotated images: records, or what read(*record) makes of them when it is asked for. They are held as
+    one array, which worker processes share (see `data.Folder`)."""
 
-    def __init__(self, records, read):
+    def __init__(self, records, read=None):
         packed, self.read = [pickle.dumps(record) for record in records], read
         self.bytes = np.frombuffer(b"".join(packed), np.uint8)
         self.ends = np.cumsum([0, *map(len, packed)])
@@ -75,7 +75,8 @@ class Records(Dataset):
         return len(self.ends) - 1
 
     def __getitem__(self, i):
-        return self.read(*pickle.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes()))
+        record = pickle.loads(self.bytes[self.ends[i] : self.ends[i + 1]].tobytes())
+        return self.read(*record) if self.read else record
 
 
 def image_of(path, size):
@@ -168,15 +169,16 @@ def read_mask(image, mask, ade):
 
 def as_masks(sets):
     """Scenes with a mask of classes each, of which 0 is the ground."""
+    for part in (sets.train, sets.val):
+        part.read = mask_of_scene
+    return sets._replace(classes=["ground", *sets.classes])
 
-    def change(image, known):
-        mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
-        for label, seen in zip(known["labels"], known["masks"]):
-            mask[seen] = label + 1
-        return image, {"mask": mask}
 
-    parts = ([change(*scene) for scene in part] for part in (sets.train, sets.val))
-    return data.Sets(*parts, ["ground", *sets.classes])
+def mask_of_scene(image, known):
+    mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
+    for label, seen in zip(known["labels"], known["masks"]):
+        mask[seen] = label + 1
+    return image, {"mask": mask}
 
 
 # --- Boxes, for detection.
@@ -204,9 +206,8 @@ def open_boxes(root):
     train, val = ({o["name"]: 0 for *_, objects in records for o in objects} for records in parts)
     same_classes(train, val, root)
     number = {name: i for i, name in enumerate(sorted(train))}
-    masked = all(
-        o["crowd"] or o["shape"] and isinstance(o["shape"], list) for *_, some in parts[0] for o in some
-    )
+    shapes = [o["shape"] for *_, objects in parts[0] for o in objects if not o["crowd"]]
+    masked = all(shape and isinstance(shape, list) for shape in shapes)
     parts = [Records([(*record, number, masked) for record in records], read_boxes) for records in parts]
     return data.Sets(*parts, [*number]), masked
 

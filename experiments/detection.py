@@ -34,7 +34,7 @@ from runs import data, script
 
 LARGE = {"size": 800, "batch_size": 16, "lr": 1e-4, "weight_decay": 0.05, "warmup": 1000}
 LARGE |= {"drops": (8 / 12, 11 / 12), "shortest": 480, "width": 256, "anchor": 8}
-SMALL = {"size": 64, "steps": 120, "batch_size": 16, "lr": 2e-3, "weight_decay": 0.05, "warmup": 20}
+SMALL = {"size": 64, "steps": 180, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.05, "warmup": 20}
 SMALL |= {"drops": (8 / 12, 11 / 12), "shortest": 64, "width": 32, "anchor": 4, "masks": True}
 
 
@@ -103,6 +103,9 @@ class Detector(nn.Module):
             options["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(s.width, (s.width,) * 4, 1)
             options["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(s.width, s.width, classes + 1)
         self.net = (detection.MaskRCNN if s.masks else detection.FasterRCNN)(body, **options)
+        self.net.roi_heads.has_mask = lambda: (
+            s.masks and self.training
+        )  # they help boxes; nobody asks for them
         self.samplers = [Sampler(256, 0.5), Sampler(512 // few, 0.25)]
         self.net.rpn.fg_bg_sampler, self.net.roi_heads.fg_bg_sampler = self.samplers
 

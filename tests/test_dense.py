@@ -431,7 +431,7 @@ def test_two_processes_come_to_the_same_numbers_as_one(run, start, tmp_path, che
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, checkpoint):
-    sets = annotated.as_masks(data.Sets(annotated.scenes(6, 0, range(5)), [], data.SHAPES[:5]))
+    sets = annotated.as_masks(annotated.scene_sets(argparse.Namespace(scenes=6, val_images=1), 0))
     settings = segmentation.SMALL | {"init": checkpoint("vit_micro"), "load": True, "model": None, "steps": 4}
     settings |= {"seed": 0, "device": "cpu", "workers": 0, "batch_size": 2, "eval": None}
     read = []

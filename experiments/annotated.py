@@ -52,7 +52,7 @@ def scenes(n, seed, classes, size=64, most=4):
         boxes = masks_to_boxes(seen) + torch.tensor([0.0, 0, 1, 1])  # whose last pixels are inside
         known = {"boxes": boxes, "labels": labels - classes.start, "ignore": share < 0.25}
         known |= {"masks": seen, "area": seen.sum((1, 2)).float(), "crowd": share < 0}
-        found.append((images[i], known))
+        found.append((images[i].clone(), known))  # a view would be kept with all that it is of
     return found
 
 

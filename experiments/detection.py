@@ -82,10 +82,11 @@ class Detector(nn.Module):
         strides = body.levels.strides
         anchors = [(s.anchor * stride,) for stride in (*strides, 2 * strides[-1])]
         names = [str(i) for i in range(len(strides))]
-        few = 1 if s.size > data.SMALL else 16  # of small images a sixteenth of torchvision's candidates
+        # Of small images a sixteenth of torchvision's candidates, and one sample for each cell of theirs.
+        few, samples = (1, 2) if s.size > data.SMALL else (16, 1)
         options = {
             "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
-            "box_roi_pool": ops.MultiScaleRoIAlign(names, 7, 2),
+            "box_roi_pool": ops.MultiScaleRoIAlign(names, 7, samples),
             "box_head": TwoMLPHead(s.width * 49, 4 * s.width),
             "box_predictor": detection.faster_rcnn.FastRCNNPredictor(4 * s.width, classes + 1),
             "rpn_pre_nms_top_n_train": 2000 // few,
@@ -99,7 +100,7 @@ class Detector(nn.Module):
             "_skip_resize": True,
         }
         if s.masks:
-            options["mask_roi_pool"] = ops.MultiScaleRoIAlign(names, 14, 2)
+            options["mask_roi_pool"] = ops.MultiScaleRoIAlign(names, 14, samples)
             options["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(s.width, (s.width,) * 4, 1)
             options["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(s.width, s.width, classes + 1)
         self.net = (detection.MaskRCNN if s.masks else detection.FasterRCNN)(body, **options)

@@ -154,6 +154,9 @@ def check(s, images, processes):
 def build(s, classes):
     """The model. Swin's windows are 4 x 4 tokens for small images; for large ones the last stage is one
     window where that is 7 x 7 or more, as at 224 px (7) and 384 px (12), and else 7 x 7."""
+    # Newer versions of torch prefer cuDNN's attention on H100, whose gradients have come out as NaN (pytorch
+    # issue 196678): flash attention it is.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     options = {k: getattr(s, k) for k in ("img_size", "patch_size", "drop_path")}
     if s.model.startswith("swin"):
         small, last = s.img_size <= data.SMALL, 8 * s.patch_size
@@ -310,9 +313,6 @@ class Trainer:
         self.s, self.device, self.loss = s, torch.device(s.device), tl_align.mixed_loss
         torch.manual_seed(s.seed)
         self.raw = build(s, classes).to(self.device)
-        # Newer versions of torch prefer cuDNN's attention on H100, whose gradients have come out as NaN
-        # (pytorch issue 196678): flash attention it is.
-        torch.backends.cuda.enable_cudnn_sdp(False)
         options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
         self.ddp = DDP(self.raw, **options) if world() > 1 else self.raw
         self.model = torch.compile(self.ddp) if s.compile else self.ddp

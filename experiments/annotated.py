@@ -3,9 +3,9 @@ VOC, COCO, ADE20K, or plainly. What does not fit ends in one line that names it.
 """
 
 import collections
+import functools
 import json
 import math
-import os
 import pickle
 import xml.etree.ElementTree
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch.utils.data import Dataset
@@ -44,7 +45,8 @@ def scenes(n, seed, classes, size=64, most=4):
         owner = torch.full((size, size), -1)
         for k, (y, x) in enumerate(corners[i][:count]):
             place = slice(y, y + side), slice(x, x + side)
-            images[i][:, *place] = torch.where(masks[i, k], objects[i, k], images[i][:, *place])
+            part = images[i][(slice(None), *place)]
+            part.copy_(torch.where(masks[i, k], objects[i, k], part))
             owner[place] = torch.where(masks[i, k], k, owner[place])
         seen = owner == torch.arange(count)[:, None, None]
         share = seen.sum((1, 2)) / masks[i, :count].sum((1, 2))
@@ -98,8 +100,38 @@ def listed(root, pattern):
     return found
 
 
+def once(function, *args):
+    """What function(*args) gives, or the Ended that it raises; one process calls it for all."""
+    found = [None]
+    if script.rank() == 0:
+        try:
+            found = [function(*args)]
+        except data.Ended as e:
+            found = [e]
+    if script.world() > 1:
+        dist.broadcast_object_list(found, device=torch.device("cpu"))
+    if isinstance(found[0], data.Ended):
+        raise script.agreed(*found[0].args)
+    return found[0]
+
+
+def lines(path):
+    return [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+
+
+def one(root, pattern):
+    """The only path that the pattern finds below root. Raises Ended where there are more, or none."""
+    path, *more = listed(root, pattern)
+    if more:
+        raise data.Ended(f"{root} has {1 + len(more)} files {pattern}; leave one of them")
+    return path
+
+
 def same_classes(train, val, root):
-    """Raise Ended for a class that is only in the part to validate on."""
+    """Raise Ended for a class that is only in the part to validate on, and where a part has none."""
+    for some, part in ((train, "train"), (val, "validate")):
+        if not some:
+            raise data.Ended(f"nothing is labelled in {root} to {part} on")
     if odd := sorted(set(val) - set(train)):
         raise data.Ended(f"class {odd[0]!r} is in {root}'s part to validate on, not in that to train on")
 
@@ -118,7 +150,7 @@ def open_masks(root):
                 (f"images/{long}", f"annotations/{long}") if ade else ("JPEGImages", "SegmentationClass")
             )
         found = {path.stem: str(path) for path in listed(root, f"{images}/*")}
-        stems = listed(root, f"ImageSets/Segmentation/{part}.txt")[0].read_text().split() if voc else found
+        stems = lines(one(root, f"ImageSets/Segmentation/{part}.txt")) if voc else found
         if lost := set(stems) - found.keys():
             raise data.Ended(f"{root}/{images} has no image {min(lost)}, which ImageSets/Segmentation names")
         pairs, values = [(found[stem], str(root / masks / f"{stem}.png")) for stem in stems], {}
@@ -128,13 +160,14 @@ def open_masks(root):
         parts.append(Records([(*pair, ade) for pair in pairs], read_mask))
         seen.append(values)
     train, val = seen
+    same_classes(train, train, root)  # is there any?
     last, listing = max(train, default=0), root / "classes.txt"
-    names = [*map(str, range(150 if ade else max(last, *val, 0) + 1))]
-    if listing.exists():
-        names = listing.read_text().splitlines()
-    elif not ade and len(train) <= last or len(train) < 2:
-        mask, missing = train.get(last, pairs[0][1]), min(set(range(last + 2)) - train.keys())
-        reason = f"{mask} has class {last}, but no mask to train on has class {missing}"
+    named = ade or listing.exists()
+    names = [*map(str, range(150 if ade else max([last, *val]) + 1))]
+    names = lines(listing) if listing.exists() else names
+    if len(train) < 2 or not named and len(train) <= last:
+        missing = min(set(range(last + 2)) - train.keys())
+        reason = f"{train[last]} has class {last}, but no mask to train on has class {missing}"
         line = f"{reason}: 255 is not labelled, classes count from 0, or {listing} names them, one a line"
         raise data.Ended(line)
     for v, mask in (train | val).items():
@@ -158,8 +191,8 @@ def look(pair):
             return np.bincount(np.asarray(file).ravel()).nonzero()[0].tolist()
     except FileNotFoundError as e:
         raise data.Ended(f"{image} has no mask: {mask} is not there") from e
-    except OSError as e:
-        raise data.Ended(f"{mask} or its image can't be read: {e}") from e
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise data.Ended(f"{mask} or its image can't be read: {e}; mend it, or leave it out") from e
 
 
 def read_mask(image, mask, ade):
@@ -189,31 +222,36 @@ def open_boxes(root):
     polygons. Every annotation is looked at. Raises data.Ended."""
     root = Path(root)
     if (root / "annotations").is_dir():
-        files = [listed(root, f"annotations/instances_{part}*.json")[0] for part in ("train", "val")]
+        files = [one(root, f"annotations/instances_{part}*.json") for part in ("train", "val")]
         parts = [[*of_coco(file, root / file.stem.removeprefix("instances_"))] for file in files]
     elif (root / "ImageSets/Main").is_dir():
-        files = [listed(root, f"ImageSets/Main/{part}.txt")[0] for part in ("train", "val")]
+        files = [one(root, f"ImageSets/Main/{part}.txt") for part in ("train", "val")]
         parts = [[*of_voc(root, file)] for file in files]
     else:
         raise data.Ended(f"{root} is laid out neither as COCO (annotations/) nor as VOC (ImageSets/Main/)")
     for file, records in zip(files, parts):
-        if odd := [(path, o) for path, _, objects in records for o in objects if not sound(o["box"])]:
+        odd = [(record[0], o) for record in records for o in record[2] if not sound(o["box"], record[1])]
+        if odd:
             path, o = odd[0]
-            line = f"{file}: the box {o['box']} of a {o['name']} in {path} has no area or no end"
+            line = f"{file}: the box {o['box']} of a {o['name']} in {path} has no area there"
             if 100 * len(odd) > sum(len(objects) for *_, objects in records):
                 raise data.Ended(f"{line}; mend it, or take it out")
             script.say(f"{line}; {len(odd)} such are left out")
+            records[:] = [(p, size, [o for o in some if sound(o["box"], size)]) for p, size, some in records]
     train, val = ({o["name"]: 0 for *_, objects in records for o in objects} for records in parts)
     same_classes(train, val, root)
     number = {name: i for i, name in enumerate(sorted(train))}
     shapes = [o["shape"] for *_, objects in parts[0] for o in objects if not o["crowd"]]
     masked = all(shape and isinstance(shape, list) for shape in shapes)
-    parts = [Records([(*record, number, masked) for record in records], read_boxes) for records in parts]
-    return data.Sets(*parts, [*number]), masked
+    reads = (functools.partial(read_boxes, number=number, masked=wanted) for wanted in (masked, False))
+    return data.Sets(*map(Records, parts, reads), [*number]), masked
 
 
-def sound(box):
-    return all(map(math.isfinite, box)) and box[0] < box[2] and box[1] < box[3]
+def sound(box, size):
+    """Whether a box is finite and has some area inside an image of that size, (W, H)."""
+    left, top, right, bottom = box
+    sides = min(right, size[0]) - max(left, 0), min(bottom, size[1]) - max(top, 0)
+    return all(map(math.isfinite, box)) and min(sides) > 1e-3
 
 
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -222,7 +260,7 @@ CORNERS = ("xmin", "ymin", "xmax", "ymax")
 def of_voc(root, file):
     """Of each image that the file names its path, size, and objects, dicts."""
     images = {path.stem: str(path) for path in listed(root, "JPEGImages/*")}
-    for stem in file.read_text().split():
+    for stem in lines(file):
         path, objects = root / "Annotations" / f"{stem}.xml", []
         if stem not in images:
             raise data.Ended(f"{root}/JPEGImages has no image {stem}, which {file} names")
@@ -237,7 +275,7 @@ def of_voc(root, file):
                     {"name": name, "box": box, "ignore": ignore, "crowd": False, "area": None, "shape": None}
                 )
         except (OSError, AttributeError, ValueError, xml.etree.ElementTree.ParseError) as e:
-            raise data.Ended(f"{path} can't be read as an annotation of VOC: {e!r}") from e
+            raise data.Ended(f"{path} can't be read as an annotation of VOC: {e!r}; mend it") from e
         yield images[stem], size, objects
 
 
@@ -250,19 +288,21 @@ def of_coco(file, folder):
             x, y, w, h = a["bbox"]
             o = {"name": names[a["category_id"]], "box": [x, y, x + w, y + h], "ignore": False}
             o |= {"crowd": bool(a.get("iscrowd")), "area": a.get("area"), "shape": a.get("segmentation")}
+            if isinstance(o["shape"], list) and any(len(p) < 6 or len(p) % 2 for p in o["shape"]):
+                raise ValueError(f"annotation {a['id']} has a polygon that is none")
             of[a["image_id"]].append(o)
-        there = set(os.listdir(folder)) if folder.is_dir() else set()
         for image in content["images"]:
-            if image["file_name"] not in there:
+            path, size = folder / image["file_name"], (int(image["width"]), int(image["height"]))
+            if not path.is_file():
                 raise data.Ended(f"{folder} has no image {image['file_name']}, which {file} names")
-            yield str(folder / image["file_name"]), (image["width"], image["height"]), of[image["id"]]
+            yield str(path), size, of[image["id"]]
     except (KeyError, OSError, TypeError, ValueError) as e:
-        raise data.Ended(f"{file} can't be read as annotations of COCO: {e!r}") from e
+        raise data.Ended(f"{file} can't be read as annotations of COCO: {e!r}; mend it") from e
 
 
 def read_boxes(path, size, objects, number, masked):
-    objects = [o for o in objects if sound(o["box"])]
     boxes = torch.tensor([o["box"] for o in objects], dtype=torch.float).view(-1, 4)
+    boxes = torch.minimum(boxes.clamp(min=0), torch.tensor(2 * [*size]))  # what is in the image
     sides = boxes[:, 2:] - boxes[:, :2]
     area = torch.tensor([math.nan if o["area"] is None else o["area"] for o in objects])
     known = {"boxes": boxes, "labels": torch.tensor([number[o["name"]] for o in objects], dtype=torch.long)}
@@ -278,5 +318,5 @@ def mask_of(o, size):
     """An object's mask, (H, W) bool, from COCO's polygons; a crowd's, which is run lengths, is left empty."""
     canvas = Image.new("1", tuple(size))
     for polygon in o["shape"] if not o["crowd"] else []:
-        ImageDraw.Draw(canvas).polygon(polygon, 1, 1)
+        ImageDraw.Draw(canvas).polygon(polygon, 1)
     return torch.from_numpy(np.array(canvas))

@@ -5,13 +5,13 @@ the comparison of starts that both are.
 import argparse
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import math
 import os
 import signal
 import statistics
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -49,13 +49,15 @@ class Levels(nn.Module):
     transposed convolutions and pooling: the simple pyramid of ViTDet (Li et al. 2022, arXiv 2203.16527).
 
     s.init: the checkpoint of the backbone, whose head goes, as nothing would reach it. s.load: whether its
-    weights are taken or only its kind. s.model: what it is where the file does not tell. Raises Ended.
+    weights are taken or only its kind. s.backbone: what it is where the file does not tell. Raises Ended.
     """
 
     def __init__(self, s):
         super().__init__()
-        kind = script.parse(["--eval", s.init, *(["--model", s.model] if s.model else [])])
         saved = script.read_checkpoint(s.init)
+        if not (s.backbone or saved.get("settings", {}).get("model") in script.MODELS):
+            raise data.Ended(f"{s.init} does not tell what model it is; give --model, such as deit_small")
+        kind = script.parse(["--eval", s.init, *(["--model", s.backbone] if s.backbone else [])])
         script.recipe(kind, 224, 10**6)
         head = next((v for k, v in saved["model"].items() if k in ("head.weight", "head.fc.weight")), [0])
         classes = saved["classes"] if "sums" in saved else [*range(len(head))]
@@ -67,8 +69,12 @@ class Levels(nn.Module):
         with torch.no_grad():
             maps = self.backbone.features(torch.zeros(1, 3, side, side))
             if torch.is_tensor(maps):
-                scales = (math.log2(self.backbone.patch_size / stride) for stride in STRIDES)
-                self.fit = nn.ModuleList(rescale(maps.shape[1], round(steps)) for steps in scales)
+                scales = [math.log2(self.backbone.patch_size / stride) for stride in STRIDES]
+                if scales[0] % 1:
+                    raise data.Ended(
+                        f"{s.init} has patches of {self.backbone.patch_size} px, no power of two"
+                    )
+                self.fit = nn.ModuleList(rescale(maps.shape[1], int(steps)) for steps in scales)
             else:
                 norms = [ChannelNorm(m.shape[1]) for m in maps[:-1]]
                 self.fit = nn.ModuleList([*norms, nn.Identity()])  # the last is normed
@@ -97,8 +103,8 @@ def rescale(dim, steps):
 
 
 class Drawn(Dataset):
-    """What a worker runs. A key is the number of an image and a name, which seeds the generator of torch that
-    torchvision's transforms draw from. An item is what the transform gives, and the name."""
+    """What a worker runs. A key is an image's number and a name, which seeds the generator that torchvision's
+    transforms draw from. An item is what the transform gives, and the name; or an Ended that was raised."""
 
     def __init__(self, dataset, transform):
         self.dataset, self.transform = dataset, transform
@@ -107,7 +113,10 @@ class Drawn(Dataset):
         index, name = key
         with torch.random.fork_rng([]):
             torch.manual_seed(data.generator(*name).initial_seed())
-            return *self.transform(*self.dataset[index]), name
+            try:
+                return *self.transform(*self.dataset[index]), name
+            except data.Ended as e:  # which a worker would not raise in one line
+                return e
 
 
 def total(counts):
@@ -133,11 +142,11 @@ def fit(s, model, transform, sets, score):
     if world > 1:
         ddp = DDP(model, broadcast_buffers=False)
     optimizer, step = script.optimizer(model, s), 0
-    about = {"settings": vars(s), "images": [n, len(sets.val)], "classes": sets.classes}
+    if s.batch_size < world:
+        raise script.agreed(f"--tune-batch-size must be at least the {world} processes, got {s.batch_size}")
     if last.exists():
         saved = script.read_checkpoint(last)
-        if odd := script.differ(script.kind(saved), script.kind(about)):
-            raise script.agreed(f"{out} holds another run: {odd}; give another --runs")
+        same(saved, s)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
@@ -150,16 +159,20 @@ def fit(s, model, transform, sets, score):
 
     options = {"num_workers": s.workers, "worker_init_fn": data.begin_worker, "collate_fn": list}
     loader = DataLoader(Drawn(sets.train, transform), batch_sampler=keys(step), **options)
+    to_device = lambda t: t.to(s.device, non_blocking=True)
     autocast = functools.partial(torch.autocast, s.device, torch.bfloat16, enabled=s.device == "cuda")
     pending, log_at, since, saved_at = [], step + 1, time.perf_counter(), time.monotonic()
     model.train()
-    with script.stop_signals() as asked:
-        for items in loader:
+    batches = (items for items in loader)  # closed, it ends the workers
+    with script.stop_signals() as asked, contextlib.closing(batches):
+        for items in batches:
+            if errors := [item for item in items if isinstance(item, data.Ended)]:
+                raise errors[0]
             images, known, names = zip(*items)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, s)
             with autocast():
-                losses = ddp(*to_device((images, known), s.device), names)
+                losses = ddp(*tree_map_only(torch.Tensor, to_device, (images, known)), names)
             counts = total(torch.tensor([float(count) for _, count in losses], device=s.device))
             loss = sum(part / count for (part, _), count in zip(losses, counts.clamp(min=1)))
             (loss * world).backward()
@@ -175,17 +188,16 @@ def fit(s, model, transform, sets, score):
             stop, due, seconds = map(sum, zip(*script.from_processes(mine)))
             if not math.isfinite(mean):
                 raise script.agreed(f"the loss is {mean} at step {step}; a lower --lr may help", 1)
-            speed = len(pending) / seconds
+            speed, images_per_s = len(pending) / seconds, len(pending) / seconds * s.batch_size
             left = timedelta(seconds=int((s.steps - step) / speed))
-            about_speed = f"{speed * s.batch_size:.1f} images/s  left {left}"
-            script.say(f"step {step}/{s.steps}  loss {mean:.4f}  {about_speed}")
+            script.say(f"step {step}/{s.steps}  loss {mean:.4f}  {images_per_s:.1f} images/s  left {left}")
             log_at = step + max(1, min(10 * len(pending), int(script.LOG_SECONDS * speed)))
             pending, since = [], now
             if stop or due or step == s.steps:
                 saved_at = time.monotonic()
                 if rank == 0:
                     states = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-                    torch.save(states | about, content := io.BytesIO())
+                    torch.save(states | {"settings": vars(s)}, content := io.BytesIO())
                     script.write_beside(last, content.getbuffer())
             if stop:
                 line = f"{out}: stopped after step {step}; the same command goes on from there"
@@ -193,18 +205,23 @@ def fit(s, model, transform, sets, score):
     with torch.no_grad(), autocast():
         found = score(model.eval(), sets, s)
     if rank == 0:
-        script.write_beside(out / "result.json", json.dumps(found).encode())
+        found = json.dumps({"settings": vars(s), "found": found})
+        script.write_beside(out / "result.json", found.encode())
 
 
-def to_device(tree, device):
-    """Lists and dicts as they are, their tensors on the device."""
-    return tree_map_only(torch.Tensor, lambda t: t.to(device, non_blocking=True), tree)
+def same(saved, s):
+    """Raise Ended where what is kept in s.out is of another run than s."""
+    flags = ({k: v for k, v in of.items() if k not in script.FREE} for of in (saved["settings"], vars(s)))
+    if odd := script.differ(*flags):
+        raise script.agreed(f"{s.out} holds another run: {odd}; give another --runs")
 
 
 def result(s):
     """What a run that is finished came to, else None."""
     with contextlib.suppress(FileNotFoundError):
-        return json.loads((Path(s.out) / "result.json").read_bytes())
+        saved = json.loads((Path(s.out) / "result.json").read_bytes())
+        same(saved, s)
+        return saved["found"]
 
 
 # --- The experiment that both are.
@@ -212,20 +229,16 @@ def result(s):
 
 def arguments(doc):
     """A parser of what both take. What has no default follows from the size, see `compare`."""
-    parser = runs.arguments(doc, images=2000, passes=5)
+    parser, count = runs.arguments(doc, images=2000, passes=5, seeds=None), lambda t: script.number(t, int, 1)
     add = parser.add_argument
     add("--checkpoints", nargs="+", default=[], help="of train.py, to start from; the first is the baseline")
     add("--model", help="what they are where a file does not tell, such as deit_small for DeiT's")
-    add("--scenes", type=int, default=300, help="built-in scenes to train on [300]")
-    add("--size", dest="tune_size", type=int, help="images' shorter side in pixels, for fine-tuning")
-    add("--tune-steps", type=int, help="steps of fine-tuning")
-    add("--tune-batch-size", type=int, help="images a step of fine-tuning, of all processes")
+    add("--scenes", type=count, default=300, help="built-in scenes to train on [300]")
+    add("--size", dest="tune_size", type=count, help="images' shorter side in pixels, for fine-tuning")
+    add("--tune-steps", type=count, help="steps of fine-tuning")
+    add("--tune-batch-size", type=count, help="images a step of fine-tuning, of all processes")
     add("--tune-lr", type=float, help="learning rate of fine-tuning")
-    add(
-        "--workers",
-        type=int,
-        help="processes that read a folder's images, for each that trains [a core each]",
-    )
+    add("--workers", type=int, help="processes that read a folder's images, for each one that trains")
     return parser
 
 
@@ -235,8 +248,9 @@ def parsed(parser):
     if args.data != "shapes":
         if not args.checkpoints:
             raise data.Ended(f"--data {args.data} asks for --checkpoints FILE ..., backbones to start from")
-        args.seeds, args.jobs = args.seeds if "--seeds" in sys.argv else 1, 0
-    cores = script.CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if args.data != "shapes" else 0
+        args.seeds, args.jobs = args.seeds or 1, 0
+    args.seeds = args.seeds or 3
+    cores = min(16, script.CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1))) * (args.data != "shapes")
     args.workers = cores if args.workers is None else args.workers
     if "RANK" in os.environ:
         if args.device == "cuda":
@@ -244,6 +258,15 @@ def parsed(parser):
         dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
         args.jobs = 0
     return args
+
+
+@functools.cache
+def digest(path):
+    """What a checkpoint holds, in a few letters."""
+    try:
+        return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+    except OSError as e:
+        raise data.Ended(f"{path} can't be read: {e.strerror}; --checkpoints takes files of train.py") from e
 
 
 def compare(args, name, tune, sets, recipe, measures):
@@ -262,9 +285,11 @@ def compare(args, name, tune, sets, recipe, measures):
     folder = f"{args.runs}/{Path(args.data).absolute().name}-{name}-{len(sets(0).train)}{about}"
     tuned = {}
     for (model, start, seed), path in starts.items():
-        s = argparse.Namespace(**(recipe | given), init=path, load=start != SCRATCH, model=args.model)
+        s = argparse.Namespace(**(recipe | given), init=path, load=start != SCRATCH, backbone=args.model)
         run = f"{model}-{start}-{seed}".strip("-").replace("/", "-").replace(" ", "-")
         vars(s).update(seed=seed, device=args.device, workers=args.workers, out=f"{folder}/{run}", eval=None)
+        s.digest, s.classes = digest(path), sets(0).classes
+        s.images = [len(sets(seed).train), len(sets(seed).val)]
         tuned[model, start, seed] = s
     todo = [(s, sets(s.seed)) for s in tuned.values() if not result(s)]
     first, sets = next(iter(measures)), sets(0)
@@ -298,6 +323,6 @@ def write(args, name, compared, sets, draw):
     if script.rank() == 0:
         runs.write(args, name, text, chart)
         kind = next(iter(tuned))[0]
-        first = [s for (model, _, seed), s in tuned.items() if (model, seed) == (kind, 0)]
-        script.write_beside(Path(args.runs) / f"{name}.png", draw(first, sets(0)))
-        print(f"some images, what is true, and what {kind or 'the models'} say: {args.runs}/{name}.png")
+        first = {start: s for (model, start, seed), s in tuned.items() if (model, seed) == (kind, 0)}
+        script.write_beside(Path(args.runs) / f"{name}.png", draw(first.values(), sets(0)))
+        print(f"some images, what is true, and what is found: {', '.join(first)}: {args.runs}/{name}.png")

@@ -33,9 +33,9 @@ import runs
 from runs import data, script
 
 LARGE = {"size": 800, "batch_size": 16, "lr": 1e-4, "weight_decay": 0.05, "warmup": 1000}
-LARGE |= {"drops": (8 / 12, 11 / 12), "shortest": 480, "width": 256, "anchor": 8}
+LARGE |= {"drops": [8 / 12, 11 / 12], "shortest": 480, "width": 256, "anchor": 8}
 SMALL = {"size": 64, "steps": 180, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.05, "warmup": 20}
-SMALL |= {"drops": (8 / 12, 11 / 12), "shortest": 64, "width": 32, "anchor": 4, "masks": True}
+SMALL |= {"drops": [8 / 12, 11 / 12], "shortest": 64, "width": 32, "anchor": 4, "masks": True}
 
 
 # --- The model.
@@ -46,17 +46,19 @@ class Pyramid(nn.Module):
 
     def __init__(self, s):
         super().__init__()
-        self.levels, self.out_channels, self.names = dense.Levels(s), s.width, ()
+        self.levels, self.out_channels, self.names, self.bf16 = dense.Levels(s), s.width, (), False
         more = ops.feature_pyramid_network.LastLevelMaxPool()
         self.fpn = ops.FeaturePyramidNetwork(self.levels.channels, s.width, more)
 
     def forward(self, images):
-        maps = self.levels(images, self.names)
-        return self.fpn(collections.OrderedDict((str(i), m) for i, m in enumerate(maps)))
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
+            maps = self.levels(images, self.names)
+            maps = self.fpn(collections.OrderedDict((str(i), m) for i, m in enumerate(maps)))
+        return {name: m.float() for name, m in maps.items()}  # boxes take their type, and bf16 is too coarse
 
 
 class Sampler(detection._utils.BalancedPositiveNegativeSampler):
-    """torchvision's choice of what losses look at, by each image's own random numbers, and how many that are:
+    """torchvision's choice of what losses look at, by each image's own random numbers, and of how many it is:
     so the mean of a loss can be taken over the images of all processes."""
 
     names = ()
@@ -73,7 +75,8 @@ class Sampler(detection._utils.BalancedPositiveNegativeSampler):
 
 
 class Detector(nn.Module):
-    """Faster R-CNN, or Mask R-CNN where objects have masks (s.masks), on a backbone's levels."""
+    """Faster R-CNN, or Mask R-CNN where objects have masks (s.masks), on a backbone's levels. Images are
+    padded to the largest of a batch: where their sizes differ, what one process holds has an effect."""
 
     def __init__(self, s, classes):
         super().__init__()
@@ -94,7 +97,7 @@ class Detector(nn.Module):
             "rpn_pre_nms_top_n_test": 1000 // few,
             "rpn_post_nms_top_n_test": 1000 // few,
             "box_batch_size_per_image": 512 // few,
-            "size_divisible": max(32, max(strides)),
+            "size_divisible": math.lcm(32, *strides, body.levels.backbone.patch_size),
             "min_size": s.size,  # in training `prepared` has done it
             "max_size": longest(s),
             "_skip_resize": True,
@@ -114,7 +117,10 @@ class Detector(nn.Module):
         """images: a list of uint8 (3, H, W). Returns detections, or of each loss its (sum, count)."""
         for part in (self.net.backbone, *self.samplers):  # torchvision would not hand them on
             part.names = names
-        losses = self.net([image / 255 for image in images], known)
+        device = images[0].device.type
+        self.net.backbone.bf16 = torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False):
+            losses = self.net([image / 255 for image in images], known)
         if known is None:
             return losses
         rpn, roi = self.samplers
@@ -152,11 +158,12 @@ def average_precision(found, known, classes, most=100):
             f, k = ({name: v[image["labels"] == label] for name, v in image.items()} for image in (f, k))
             best = (-f["scores"]).argsort(kind="stable")[:most]
             if len(best) or len(k["labels"]):
-                pairs.append(({name: v[best] for name, v in f.items()}, k))
+                f = {name: v[best].astype(float) for name, v in f.items()}
+                pairs.append((f, k, overlap(f["boxes"], k["boxes"].astype(float), k["crowd"])))
         for name, sizes in SIZES.items():
-            matched = [match(f, k, sizes) for f, k in pairs]
+            matched = [match(*pair, sizes) for pair in pairs]
             if objects := sum(n for *_, n in matched):
-                best = (-np.concatenate([f["scores"] for f, _ in pairs])).argsort(kind="stable")
+                best = (-np.concatenate([f["scores"] for f, *_ in pairs])).argsort(kind="stable")
                 hits, spared = (
                     np.concatenate(m, axis=1)[:, best] for m in ([m[i] for m in matched] for i in (0, 1))
                 )
@@ -167,13 +174,12 @@ def average_precision(found, known, classes, most=100):
     return {name: 100 * float(value) for name, value in result.items()}
 
 
-def match(found, known, sizes):
+def match(found, known, iou, sizes):
     """Give each box that was found, the best first, the object left that it overlaps most, at each of IOUS.
     Returns whether it hits one and whether it counts for neither right nor wrong, (10, found) each, and how
-    many objects there are to be found."""
+    many objects there are to be found. iou: (found, known)."""
     spared = known["crowd"] | known["ignore"] | (known["area"] < sizes[0]) | (known["area"] > sizes[1])
-    crowd, boxes = known["crowd"], found["boxes"].astype(float)
-    iou = overlap(boxes, known["boxes"].astype(float), crowd)  # (found, known)
+    crowd, boxes = known["crowd"], found["boxes"]
     hits, ignored = np.zeros((2, len(IOUS), len(boxes)), dtype=bool)
     area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for t, least in enumerate(IOUS):
@@ -211,18 +217,17 @@ def precision(hits, objects):
 
 def prepared(s):
     """What training does to an image and its objects: another size, a flip; of objects those to be found."""
-    shortest = range(s.shortest, s.size + 1, 32)
-    transform = v2.Compose([v2.RandomShortestSize([*shortest], longest(s)), v2.RandomHorizontalFlip()])
+    shortest = v2.RandomShortestSize([*range(min(s.shortest, s.size), s.size + 1, 32)], longest(s))
+    return functools.partial(change, v2.Compose([shortest, v2.RandomHorizontalFlip()]))
 
-    def apply(image, known):
-        keep = ~(known["crowd"] | known["ignore"])
-        boxes = tv_tensors.BoundingBoxes(known["boxes"][keep], format="XYXY", canvas_size=image.shape[1:])
-        inputs = {"boxes": boxes, "labels": known["labels"][keep] + 1}
-        inputs |= {"masks": tv_tensors.Mask(known["masks"][keep])} if "masks" in known else {}
-        image, known = transform(tv_tensors.Image(image), inputs)
-        return image.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k, v in known.items()}
 
-    return apply
+def change(transform, image, known):
+    keep = ~(known["crowd"] | known["ignore"])
+    boxes = tv_tensors.BoundingBoxes(known["boxes"][keep], format="XYXY", canvas_size=image.shape[1:])
+    inputs = {"boxes": boxes, "labels": known["labels"][keep] + 1}
+    inputs |= {"masks": tv_tensors.Mask(known["masks"][keep])} if "masks" in known else {}
+    image, known = transform(tv_tensors.Image(image), inputs)
+    return image.as_subclass(torch.Tensor), {k: v.as_subclass(torch.Tensor) for k, v in known.items()}
 
 
 longest = lambda s: s.size * 5 // 3  # side of an image, whatever its shape
@@ -256,7 +261,7 @@ def tune(s, sets):
 @torch.no_grad()
 def draw(tuned, sets, columns=4, side=192):
     """A PNG's bytes: what is in some images, and below what the first seed's models find there."""
-    cells, images = [], [sets.val[i] for i in range(columns)]
+    cells, images = [], [sets.val[i] for i in range(min(columns, len(sets.val)))]
     rows = [[known | {"scores": known["area"] * 0 + 1} for _, known in images]]
     for s in tuned:
         model = Detector(s, len(sets.classes)).to(s.device).eval()
@@ -271,7 +276,7 @@ def draw(tuned, sets, columns=4, side=192):
             if names:
                 cell = draw_bounding_boxes(cell, found["boxes"][keep] * scale, names, "red")
             cells.append(cell / 255)
-    save_image(cells, file := io.BytesIO(), "png", nrow=columns, padding=4, pad_value=1)
+    save_image(cells, file := io.BytesIO(), "png", nrow=len(images), padding=4, pad_value=1)
     return file.getvalue()
 
 
@@ -280,7 +285,10 @@ def main():
     if args.data == "shapes":
         sets, recipe = functools.cache(lambda seed: annotated.scene_sets(args, seed)), SMALL
     else:
-        opened, masks = annotated.open_boxes(args.data)
+        opened, masks = annotated.once(annotated.open_boxes, args.data)
+        script.say(
+            f"{'Mask' if masks else 'Faster'} R-CNN: {'all' if masks else 'not all'} objects have polygons"
+        )
         batch = args.tune_batch_size or LARGE["batch_size"]
         recipe = LARGE | {"steps": math.ceil(12 * len(opened.train) / batch), "masks": masks}
         sets = lambda seed: opened

@@ -34,9 +34,9 @@ from annotated import IGNORED
 from runs import data, script
 
 SMALL = {"size": 64, "steps": 150, "batch_size": 16, "lr": 1e-3, "weight_decay": 0.05, "warmup": 20}
-SMALL |= {"drops": (), "zoom": 1.25, "width": 64, "slide": False}
+SMALL |= {"drops": [], "zoom": 1.25, "width": 64, "slide": False}
 LARGE = {"size": 512, "steps": 160_000, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01, "warmup": 1500}
-LARGE |= {"drops": (), "zoom": 2, "width": 512, "slide": False}
+LARGE |= {"drops": [], "zoom": 2, "width": 512, "slide": False}
 
 
 class Sum(torch.autograd.Function):
@@ -125,12 +125,12 @@ def crops(s):
     resized = v2.RandomResize(int(s.size / s.zoom), int(s.size * s.zoom) + 1)
     crop = v2.RandomCrop(s.size, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED})
     transform = v2.Compose([resized, crop, v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()])
+    return functools.partial(change, transform)
 
-    def apply(image, known):
-        image, mask = transform(Picture(image), Mask(known["mask"]))
-        return image.as_subclass(torch.Tensor), {"mask": mask.as_subclass(torch.Tensor)}
 
-    return apply
+def change(transform, image, known):
+    image, mask = transform(Picture(image), Mask(known["mask"]))
+    return image.as_subclass(torch.Tensor), {"mask": mask.as_subclass(torch.Tensor)}
 
 
 def predict(model, image, s):
@@ -143,9 +143,9 @@ def predict(model, image, s):
     rows, cols = (sorted({*range(0, max(1, n - size), size * 2 // 3), max(0, n - size)}) for n in scaled)
     logits = torch.zeros(1 + model.head.classifier.out_channels, *scaled, device=s.device)
     for place in ((slice(y, y + size), slice(x, x + size)) for y in rows for x in cols):
-        logits[1:, *place] += model(image[None, :, *place])[0]
-        logits[0, *place] += 1  # how often each is seen
-    return resize(logits[None, 1:] / logits[0], sides)[0].argmax(0)
+        part = (slice(None), *place)
+        logits[part] += torch.cat([torch.ones_like(logits[:1][part]), model(image[part][None])[0]])
+    return resize(logits[None, 1:] / logits[0], sides)[0].argmax(0)  # the first tells how often it was seen
 
 
 def confusion(predicted, truth, classes):
@@ -187,7 +187,7 @@ def draw(tuned, sets, rows=4, side=128):
         model = Segmenter(s, len(sets.classes)).to(s.device).eval()
         model.load_state_dict(script.read_checkpoint(f"{s.out}/last.pt")["model"])
         columns.append(lambda image, known, model=model, s=s: predict(model, image, s).cpu())
-    for image, known in (sets.val[i] for i in range(rows)):
+    for image, known in (sets.val[i] for i in range(min(rows, len(sets.val)))):
         cells.append(image)
         for column in columns:
             mask = column(image, known)[None] == torch.arange(1, len(sets.classes))[:, None, None]
@@ -207,7 +207,7 @@ def main():
         sets = functools.cache(lambda seed: annotated.as_masks(annotated.scene_sets(args, seed)))
         recipe = SMALL
     else:
-        opened = annotated.open_masks(args.data)
+        opened = annotated.once(annotated.open_masks, args.data)
         sets = lambda seed: opened
     compared = dense.compare(args, "segmentation", tune, sets, recipe, measures)
     dense.write(args, "segmentation", compared, sets, draw)

@@ -21,6 +21,7 @@ import detection
 import runs
 import segmentation
 import train as script
+import vit
 
 FOLDER = Path(runs.__file__).parent
 
@@ -142,7 +143,7 @@ def test_batch_norm_is_torchs_and_takes_a_single_value():
 
 @pytest.mark.parametrize("model, strides", [("vit_micro", [4, 8, 16, 32]), ("swin_micro", [2, 4])])
 def test_levels_are_maps_of_growing_strides(checkpoint, model, strides):
-    levels = dense.Levels(argparse.Namespace(init=checkpoint(model), load=True, model=None))
+    levels = dense.Levels(argparse.Namespace(init=checkpoint(model), load=True, backbone=None))
     assert levels.strides == strides
     maps = levels(torch.randn(2, 3, 64, 96))
     sizes = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(levels.channels, strides)]
@@ -155,7 +156,7 @@ def test_levels_are_maps_of_growing_strides(checkpoint, model, strides):
 
 @torch.no_grad()
 def test_an_image_is_segmented_whole_or_by_crops_at_any_size(checkpoint):
-    settings = segmentation.SMALL | {"init": checkpoint("swin_micro"), "load": True, "model": None}
+    settings = segmentation.SMALL | {"init": checkpoint("swin_micro"), "load": True, "backbone": None}
     s = argparse.Namespace(**settings, seed=0, device="cpu")
     model, image = segmentation.Segmenter(s, 3).eval(), torch.randint(256, (3, 45, 100), dtype=torch.uint8)
     for s.slide in (False, True):
@@ -256,6 +257,9 @@ def test_masks_that_do_not_fit_are_named_with_the_remedy(masks):
         refused("has class 0, but no mask to train on has class 1: 255 is not labelled", first, 0, 255)
         mask(second, [0, 1, 2])
         (root / "classes.txt").write_text("ground\nroad\n")
+        mask(second, [0, 255])
+        refused("has class 0, but no mask to train on has class 1", first, 0, 255)  # named or not
+        mask(second, [0, 1])
         refused("has the value 2, which is no class: there are 2", first, 0, 1, 2)
     Image.new("RGB", (50, 40)).save(first)
     with pytest.raises(data.Ended, match=f"{first} is RGB; a mask has one number a pixel"):
@@ -317,7 +321,7 @@ def test_vocs_boxes_count_pixels_from_one(tmp_path):
         annotated.open_boxes(tmp_path)
     for edges in ((9, 1, 7, 9), (1, "nan", 9, 9)):
         voc(tmp_path, "train", "d", ("dog", 0, edges))
-        with pytest.raises(data.Ended, match="the box .* of a dog in .*d.jpg has no area or no end; mend it"):
+        with pytest.raises(data.Ended, match="the box .* of a dog in .*d.jpg has no area there; mend it"):
             annotated.open_boxes(tmp_path)
     voc(tmp_path, "train", "d", ("dog", 0, (1, 1, 9, 9)), size=(40, 50))
     with pytest.raises(data.Ended, match="d.jpg is 50 x 40 px, its annotation 40 x 50; they must be alike"):
@@ -363,6 +367,18 @@ def test_cocos_boxes_masks_and_crowds(tmp_path):
     coco(tmp_path, "val", {"bbox": [2, 2, 0, 5]})
     with pytest.raises(data.Ended, match=f"{path}: the box .* of a cat in .* has no area"):
         annotated.open_boxes(tmp_path)
+    wrongs = (
+        {"segmentation": [2, 2, 12, 2, 12, 12]},
+        {"segmentation": [[2, 2, 12, 2, 12]]},
+        {"bbox": [1, 2]},
+    )
+    for wrong in wrongs:
+        coco(tmp_path, "val", wrong)
+        with pytest.raises(data.Ended, match=f"{path} can't be read as annotations of COCO"):
+            annotated.open_boxes(tmp_path)
+    coco(tmp_path, "val")
+    with pytest.raises(data.Ended, match="nothing is labelled in .* to validate on"):
+        annotated.open_boxes(tmp_path)
     path.write_text("[]")
     with pytest.raises(data.Ended, match=f"{path} can't be read as annotations of COCO"):
         annotated.open_boxes(tmp_path)
@@ -370,20 +386,8 @@ def test_cocos_boxes_masks_and_crowds(tmp_path):
 
 # --- Fine-tuning.
 
-TINY = [
-    "--scenes",
-    8,
-    "--val-images",
-    6,
-    "--tune-steps",
-    3,
-    "--tune-batch-size",
-    4,
-    "--seeds",
-    1,
-    "--device",
-    "cpu",
-]
+TINY = ["--scenes", 8, "--val-images", 3, "--tune-steps", 3, "--tune-batch-size", 4]
+TINY += ["--seeds", 1, "--device", "cpu"]
 
 
 @pytest.fixture
@@ -432,7 +436,12 @@ def test_two_processes_come_to_the_same_numbers_as_one(run, start, tmp_path, che
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, checkpoint):
     sets = annotated.as_masks(annotated.scene_sets(argparse.Namespace(scenes=6, val_images=1), 0))
-    settings = segmentation.SMALL | {"init": checkpoint("vit_micro"), "load": True, "model": None, "steps": 4}
+    settings = segmentation.SMALL | {
+        "init": checkpoint("vit_micro"),
+        "load": True,
+        "backbone": None,
+        "steps": 4,
+    }
     settings |= {"seed": 0, "device": "cpu", "workers": 0, "batch_size": 2, "eval": None}
     read = []
 
@@ -459,12 +468,12 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(tmp_path, checkpoint)
         torch.equal(v, stopped["model"][k]) for k, v in whole["model"].items()
     )
     settings["lr"] = 1.0
-    with pytest.raises(data.Ended, match="holds another run: --lr is 0.001 there, 1.0 here"):
+    with pytest.raises(data.Ended, match="holds another run: lr is 0.001 there, 1.0 here"):
         fit("whole")
 
 
 def test_images_without_objects_or_labels_train(checkpoint):
-    settings = {"init": checkpoint("vit_micro"), "load": True, "model": None, "seed": 0}
+    settings = {"init": checkpoint("vit_micro"), "load": True, "backbone": None, "seed": 0}
     image = torch.randint(256, (3, 64, 64), dtype=torch.uint8)
     s = argparse.Namespace(**segmentation.SMALL | settings)
     unlabelled = {"mask": torch.full((64, 64), 255, dtype=torch.uint8)}
@@ -479,10 +488,51 @@ def test_images_without_objects_or_labels_train(checkpoint):
     sum(loss for loss, _ in losses).backward()
 
 
+def test_bf16_and_what_detection_finds(checkpoint):
+    settings = {"init": checkpoint("swin_micro"), "load": True, "backbone": None, "seed": 0}
+    s = argparse.Namespace(**detection.SMALL | settings)
+    (scene, known), *_ = annotated.scenes(1, 0, range(5))
+    model, item = detection.Detector(s, 5), detection.prepared(s)(scene, known)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model([item[0]], [item[1]], [(0, "a")])
+        with torch.no_grad():
+            found = detection.predict(model.eval(), scene)
+    assert all(loss.dtype == torch.float and loss.isfinite() for loss, _ in losses)
+    assert found["boxes"].dtype == torch.float
+    assert np.isfinite(detection.average_precision([found], [known], 5)["AP"])
+
+
+def test_an_image_that_a_worker_cannot_read_ends_the_run_in_one_line(tmp_path, checkpoint):
+    for part, size in (("train", (40, 50)), ("val", (50, 40))):
+        voc(tmp_path / "set", part, part, ("cat", 0, (1, 1, 20, 20)), size=size)
+    sets, masks = annotated.open_boxes(tmp_path / "set")
+    settings = {"init": checkpoint("vit_micro"), "load": True, "backbone": None, "masks": masks}
+    settings |= {"seed": 0, "device": "cpu", "workers": 2, "batch_size": 2, "out": str(tmp_path / "run")}
+    line = r"^\S*train.jpg is 50 x 40 px, its annotation 40 x 50; they must be alike$"
+    with pytest.raises(data.Ended, match=line):
+        detection.tune(argparse.Namespace(**detection.SMALL | settings), sets)
+
+
+def test_results_are_those_of_the_same_settings_and_checkpoint(run, checkpoint):
+    args = ["--checkpoints", checkpoint("vit_micro")]
+    run(segmentation, *args)
+    with pytest.raises(data.Ended, match="holds another run: images is"):
+        run(segmentation, *args, "--val-images", 2)
+    saved = torch.load(args[1], weights_only=True)
+    saved["model"]["norm.bias"] += 1
+    torch.save(saved, args[1])
+    dense.digest.cache_clear()  # as in a new process
+    with pytest.raises(data.Ended, match="holds another run: digest is"):
+        run(segmentation, *args)
+
+
 def test_what_cannot_be_started_from_is_refused(run, tmp_path, checkpoint):
     with pytest.raises(data.Ended, match="--data somewhere asks for --checkpoints FILE"):
         run(segmentation, "--data", "somewhere")
     with pytest.raises(data.Ended, match="is of another model"):
         run(segmentation, "--checkpoints", checkpoint("swin_micro"), "--model", "vit_micro")
+    torch.save(vit.vit_micro().state_dict(), tmp_path / "plain.pt")
+    with pytest.raises(data.Ended, match="plain.pt does not tell what model it is; give --model"):
+        run(segmentation, "--checkpoints", tmp_path / "plain.pt")
     with pytest.raises(data.Ended, match="nowhere.pt can't be read"):
         run(detection, "--checkpoints", "nowhere.pt")

@@ -9,11 +9,14 @@ published method, and nearer to the truth of `mixing_ratio.py`, at least in a Vi
 """
 
 import contextlib
+import sys
+from pathlib import Path
 
 import torch
 
-import swin
-import vit
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import swin  # noqa: E402
+import vit  # noqa: E402
 
 
 def weigh(labels, aligned, x, branch):

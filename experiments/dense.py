@@ -326,3 +326,5 @@ def write(args, name, compared, sets, draw):
         first = {start: s for (model, start, seed), s in tuned.items() if (model, seed) == (kind, 0)}
         script.write_beside(Path(args.runs) / f"{name}.png", draw(first.values(), sets(0)))
         print(f"some images, what is true, and what is found: {', '.join(first)}: {args.runs}/{name}.png")
+    if script.world() > 1:
+        dist.destroy_process_group()  # left to the end of the process, its threads may abort it

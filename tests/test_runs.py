@@ -254,7 +254,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(train, folder, tmp_path, m
 
     def filling(trainer, images, targets, at, *more):
         if at == 3:
-            while read_step(tmp_path / "run") < 3:  # the writer is still at it
+            while not script.read_checkpoint(tmp_path / "run" / "last.pt")["history"]:  # it is still written
                 time.sleep(0.01)
             (tmp_path / "run" / "last.pt.tmp").symlink_to("/dev/full")
         return step(trainer, images, targets, at, *more)

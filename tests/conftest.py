@@ -31,6 +31,15 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def one_thread():
+    """Where cores are busy, threads wait for each other much longer than small models take."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
     """Run train.py in a folder of its own: train("--epochs", 1, ...) gives exit status and output."""
     monkeypatch.chdir(tmp_path)

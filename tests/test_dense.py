@@ -23,15 +23,8 @@ import segmentation
 import train as script
 import vit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 FOLDER = Path(runs.__file__).parent
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ import transfer
 import variants
 import vit
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERIMENTS = Path(runs.__file__).parent
 SMALL = ["--epochs", 1, "--images", 40, "--passes", 1, "--val-images", 20, "--batch-size", 20]
 
@@ -57,15 +58,6 @@ class Here:
         future = Future()
         future.set_result(function(*args))
         return future
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Where cores are busy, threads wait for each other much longer than these small models take."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -142,13 +142,14 @@ def same_classes(train, val, root):
 def open_masks(root):
     """The sets of a folder laid out as VOC, ADE20K or plainly. Every mask is looked at. Raises data.Ended."""
     root, parts, seen = Path(root), [], []
-    voc, ade = (root / "ImageSets/Segmentation").is_dir(), (root / "annotations/training").is_dir()
+    voc = (root / "ImageSets/Segmentation").is_dir()
+    ade = not voc and (root / "annotations/training").is_dir()
     for part, long in (("train", "training"), ("val", "validation")):
         images, masks = f"{part}/images", f"{part}/masks"
-        if voc or ade:
-            images, masks = (
-                (f"images/{long}", f"annotations/{long}") if ade else ("JPEGImages", "SegmentationClass")
-            )
+        if voc:
+            images, masks = "JPEGImages", "SegmentationClass"
+        elif ade:
+            images, masks = f"images/{long}", f"annotations/{long}"
         found = {path.stem: str(path) for path in listed(root, f"{images}/*")}
         stems = lines(one(root, f"ImageSets/Segmentation/{part}.txt")) if voc else found
         if lost := set(stems) - found.keys():
@@ -271,9 +272,8 @@ def of_voc(root, file):
                 name, ignore = o.find("name").text, o.findtext("difficult") == "1"
                 left, top, *end = (float(o.find(f"bndbox/{k}").text) for k in CORNERS)
                 box = [left - 1, top - 1, *end]  # VOC counts pixels from 1
-                objects.append(
-                    {"name": name, "box": box, "ignore": ignore, "crowd": False, "area": None, "shape": None}
-                )
+                known = {"name": name, "box": box, "ignore": ignore, "crowd": False}
+                objects.append(known | {"area": None, "shape": None})
         except (OSError, AttributeError, ValueError, xml.etree.ElementTree.ParseError) as e:
             raise data.Ended(f"{path} can't be read as an annotation of VOC: {e!r}; mend it") from e
         yield images[stem], size, objects

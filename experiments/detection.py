@@ -107,9 +107,8 @@ class Detector(nn.Module):
             options["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(s.width, (s.width,) * 4, 1)
             options["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(s.width, s.width, classes + 1)
         self.net = (detection.MaskRCNN if s.masks else detection.FasterRCNN)(body, **options)
-        self.net.roi_heads.has_mask = lambda: (
-            s.masks and self.training
-        )  # they help boxes; nobody asks for them
+        # Masks help to find boxes; nobody asks for them afterwards.
+        self.net.roi_heads.has_mask = lambda: s.masks and self.training
         self.samplers = [Sampler(256, 0.5), Sampler(512 // few, 0.25)]
         self.net.rpn.fg_bg_sampler, self.net.roi_heads.fg_bg_sampler = self.samplers
 
@@ -246,11 +245,8 @@ def score(model, sets, s):
 def predict(model, image):
     """Boxes, scores and labels in an image, uint8 (3, H, W) of any size."""
     (found,) = model([image.to(next(model.parameters()).device)])
-    return {
-        "boxes": found["boxes"].cpu(),
-        "scores": found["scores"].cpu(),
-        "labels": found["labels"].cpu() - 1,
-    }
+    found = {name: found[name].cpu() for name in ("boxes", "scores", "labels")}
+    return found | {"labels": found["labels"] - 1}
 
 
 def tune(s, sets):
@@ -286,9 +282,8 @@ def main():
         sets, recipe = functools.cache(lambda seed: annotated.scene_sets(args, seed)), SMALL
     else:
         opened, masks = annotated.once(annotated.open_boxes, args.data)
-        script.say(
-            f"{'Mask' if masks else 'Faster'} R-CNN: {'all' if masks else 'not all'} objects have polygons"
-        )
+        kind, some = ("Mask", "all") if masks else ("Faster", "not all")
+        script.say(f"{kind} R-CNN: {some} objects have polygons")
         batch = args.tune_batch_size or LARGE["batch_size"]
         recipe = LARGE | {"steps": math.ceil(12 * len(opened.train) / batch), "masks": masks}
         sets = lambda seed: opened

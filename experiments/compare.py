@@ -29,7 +29,7 @@ def main():
         for seed in range(args.seeds)
         for model in args.models
         for method in methods
-        if method != "TransMix" or not model.startswith("swin")
+        if method != "TransMix" or runs.has_class_token(model)
     }
     runs.train_all([(s, sets) for s in trained.values()], args)
 

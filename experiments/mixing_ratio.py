@@ -5,8 +5,9 @@
     python experiments/mixing_ratio.py --data cifar10 --images 100 --batch-size 50     # runs of compare.py
 
 Validation images are mixed by CutMix and shown to models trained with the area target and with aligned
-ones. Area, TransMix (ViT only), TL-Align and TL-Align with residuals weighed by norm each say what share
-of the mix is the pasted image's, TL-Align after every layer, as the head would read it there. Two truths:
+ones: ViT, Swin, MLP-Mixer and ConvNeXt. Area, TransMix (ViT only), TL-Align and TL-Align with residuals
+weighed by norm each say what share of the mix is the pasted image's, TL-Align after every layer, as the
+head would read it there. Two truths:
 
     influence   The share of the pasted image in what the head's answer owes to both. Either source is
                 taken away by putting the mean patch in the place of its patches; a source's worth is its
@@ -31,14 +32,14 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-import residual
 import runs
 import tl_align  # on the path that `runs` has set
+import weighing
 from runs import data
 
 TRAINED = ("area", "TL-Align")
 SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
-RULES = {"TL-Align": contextlib.nullcontext, "TL-Align, norm": residual.by_norm}
+RULES = {"TL-Align": contextlib.nullcontext, "TL-Align, norm": lambda model: weighing.by(model, "norm")}
 
 
 def mixes(sets, s, n):
@@ -50,13 +51,16 @@ def mixes(sets, s, n):
     return images, tl_align.cutmix_mask(rand, images.shape[-2:], s.patch_size)
 
 
-def influence(model, mixed, owners, mean):
-    """The first truth, for K sources: (B, K), rows summing to one. mixed: (B, 3, S, S). owners: (B, K, S, S),
-    one where a pixel is the source's, else zero. mean: the mean patch all over, (1, 3, S, S)."""
+def influence(model, mixed, owners, instead):
+    """The first truth, for K sources: (B, K), rows summing to one. mixed: (B, 3, S, S). owners: one where a
+    pixel is the source's, else zero, (B, K, 1, S, S). instead: what stands for a source that is taken away,
+    images (1 or B, 3, S, S), over which the logits are averaged."""
     sources = range(owners.shape[1])
     subsets = [s for size in range(len(sources) + 1) for s in itertools.combinations(sources, size)]
-    value = {s: model(torch.lerp(mean, mixed, owners[:, list(s)].sum(1, keepdim=True))) for s in subsets}
-    worth = []
+    value, worth = {}, []
+    for s in subsets:
+        kept = owners[:, list(s)].sum(1)
+        value[s] = sum(model(torch.lerp(image, mixed, kept)) for image in instead) / len(instead)
     for k in sources:
         gains = [
             (value[tuple(sorted((*s, k)))] - value[s]) / math.comb(len(sources) - 1, len(s))
@@ -73,10 +77,17 @@ def mean_patch(images, s):
     return mean.repeat(1, 1, s.img_size // s.patch_size, s.img_size // s.patch_size)
 
 
-def objects(masks, mask):
+def shown(images, owners):
+    """What a mix of K neighbours shows of each, its own part first: (B, K, C, S, S). images: (B, C, S, S).
+    owners: (B, K, 1, S, S)."""
+    of = images.unflatten(0, (-1, owners.shape[1]))
+    return torch.stack([of.roll(-k, dims=1).flatten(0, 1) for k in range(of.shape[1])], dim=1) * owners
+
+
+def objects(masks, owners):
     """The second truth: (B,), nan where no object is seen. masks: of the objects, (B, 1, S, S)."""
-    seen, pasted = (masks * (1 - mask)).sum((1, 2, 3)), (tl_align.partner(masks) * mask).sum((1, 2, 3))
-    return pasted / (seen + pasted)
+    seen = shown(masks, owners).sum((2, 3, 4))
+    return seen[:, 1] / seen.sum(1)
 
 
 def look(model, images, mask, s):
@@ -88,7 +99,7 @@ def look(model, images, mask, s):
         x, m, mean = (t.to(s.device) for t in (x, m, mean))
         labels = tl_align.token_labels(m, s.patch_size)
         found = {("area", ""): labels.mean((1, 2))}
-        if not s.model.startswith("swin"):
+        if runs.has_class_token(s.model):
             found["TransMix", ""] = tl_align.transmix(labels, model(x, looks=True)[1])[:, 0]
         for method, rule in RULES.items():
             with rule(model):
@@ -99,7 +110,7 @@ def look(model, images, mask, s):
                 moved.setdefault((method, layer), []).append((tokens[..., 0] - pixels).abs().mean().item())
         for key, share in found.items():
             said.setdefault(key, []).append(share.cpu())
-        true.append(influence(model, x, torch.cat([1 - m, m], dim=1), mean)[:, 1].cpu())
+        true.append(influence(model, x, torch.stack([1 - m, m], dim=1), [mean])[:, 1].cpu())
     moved = {key: sum(values) / len(values) for key, values in moved.items()}
     return {key: torch.cat(shares) for key, shares in said.items()}, torch.cat(true), moved
 
@@ -138,7 +149,7 @@ def beyond(said, true, area):
 
 
 def main():
-    parser = runs.arguments(__doc__)
+    parser = runs.arguments(__doc__, models=["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"])
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
     args = runs.parsed(parser)
     sets = runs.open_part(args)
@@ -157,7 +168,7 @@ def main():
         truths = {"influence": torch.stack([true for _, true, _ in looks])}
         if args.data == "shapes":
             masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
-            truths["objects"] = objects(masks, mask).expand(args.seeds, -1)
+            truths["objects"] = objects(masks, torch.stack([1 - mask, mask], dim=1)).expand(args.seeds, -1)
         depth = max(layer for _, layer in looks[0][2])
         area, found = torch.stack([said["area", ""] for said, _, _ in looks]), {}
         for key in looks[0][0]:

@@ -22,11 +22,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset, TensorDataset
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
-import residual  # noqa: E402
-import swin  # noqa: E402
-import train as script  # noqa: E402
+from models import data, has_class_token, script  # noqa: F401 (experiments take them from here)
 
 METHODS = {
     "no mixing": {"mix": "none"},
@@ -36,12 +32,8 @@ METHODS = {
     "TransMix": {"targets": "transmix"},
     "TL-Align": {},
     "TL-Align, norm": {"residual": "norm"},
+    "TL-Align, parts": {"residual": "parts"},
 }
-
-# A Swin of DeiT-T's size for 32 px: 16 x 16 tokens, then 8 x 8 and 4 x 4; 5.2 million parameters.
-SWIN_5M = {"dim": 64, "depths": (2, 6, 4), "heads": (2, 4, 8), "window": 4}
-script.MODELS["swin_5m"] = lambda **kwargs: swin.Swin(**{**SWIN_5M, **kwargs})
-script.build = residual.built_by(script.build)
 
 
 def arguments(doc, **defaults):

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +11,12 @@ import pytest
 import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
+import data
+import runs
 import train as train_script
+
+# What makes an experiment small.
+SMALL = ["--epochs", 1, "--images", 40, "--passes", 1, "--val-images", 20, "--batch-size", 20]
 
 
 def pytest_addoption(parser):
@@ -37,6 +43,42 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+class Here:
+    """In the place of a pool of processes, whose start takes seconds: the same calls, in this one."""
+
+    def __init__(self, *args):
+        pass
+
+    __enter__ = lambda self: self
+    __exit__ = lambda self, *error: None
+
+    def submit(self, function, *args):
+        future = Future()
+        future.set_result(function(*args))
+        return future
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """Run an experiment's main in this process and a folder of its own, on few built-in images: gives its
+    output, and the Markdown that it wrote."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
+    monkeypatch.setattr(data, "SHAPES_VAL", 60)
+
+    def run(experiment, *args):
+        name = experiment.__name__
+        small = [*SMALL, "--seeds", 1, "--device", "cpu"]
+        monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *args])])
+        experiment.main()
+        folder = tmp_path / "runs" / "experiments"
+        assert (folder / f"{name}.svg").read_text().endswith("</svg>\n")
+        return capsys.readouterr().out, (folder / f"{name}.md").read_text()
+
+    return run
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Here
 from PIL import Image
-from test_experiments import Here
 from torch import nn
 
 import annotated

@@ -10,11 +10,11 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import SMALL
 from torchvision.io import decode_image
 
 import compare
@@ -23,19 +23,18 @@ import data
 import loader
 import mixing_ratio
 import picture
-import residual
 import robustness
+import rules
 import runs
 import swin
 import tl_align
 import train as script
 import transfer
-import variants
 import vit
+import weighing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXPERIMENTS = Path(runs.__file__).parent
-SMALL = ["--epochs", 1, "--images", 40, "--passes", 1, "--val-images", 20, "--batch-size", 20]
 
 
 def command(tmp_path, name, *args):
@@ -43,42 +42,6 @@ def command(tmp_path, name, *args):
     done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-class Here:
-    """In the place of a pool of processes, whose start takes seconds: the same calls, in this one."""
-
-    def __init__(self, *args):
-        pass
-
-    __enter__ = lambda self: self
-    __exit__ = lambda self, *error: None
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """Run an experiment's main in this process and a folder of its own, on few built-in images: gives its
-    output, and the Markdown that it wrote."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
-    monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
-    monkeypatch.setattr(data, "SHAPES_VAL", 60)
-
-    def run(experiment, *args):
-        name = experiment.__name__
-        small = [*SMALL, "--seeds", 1, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *args])])
-        experiment.main()
-        folder = tmp_path / "runs" / "experiments"
-        assert (folder / f"{name}.svg").read_text().endswith("</svg>\n")
-        return capsys.readouterr().out, (folder / f"{name}.md").read_text()
-
-    return run
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["a folder", "its own images"])
@@ -157,12 +120,16 @@ def test_compare_covers_every_method(here):
     assert sum(line.startswith("| swin_micro") for line in text.splitlines()) == len(runs.METHODS) - 1
 
 
-def test_mixing_ratio_and_robustness_share_the_runs_of_area_and_tl_align(here):
+def test_what_looks_at_models_shares_the_runs_of_area_and_tl_align(here):
     out, text = here(mixing_ratio)
-    assert "train: 4 to do of 4" in out
+    assert "train: 8 to do of 8" in out
     first, layers = text.split("After each layer")
-    assert first.count("| vit_micro |") == 8 and first.count("| swin_micro |") == 6
-    assert layers.count("| TL-Align, norm |") == 4 * 4  # four models of four layers
+    assert first.count("| vit_micro |") == 8
+    assert all(first.count(f"| {name}_micro |") == 6 for name in ("swin", "mixer", "convnext"))
+    assert layers.count("| TL-Align, norm |") == 4 * 8  # eight models of four layers
+    out, text = here(rules, "--mixes", 20)
+    assert "train: 0 to do of 4" in out and "20 mixes" in text
+    assert text.count("| parts less a blank |") == 4 and text.count("| truth: objects |") == 4
     out, text = here(robustness, "--models", "vit_micro")
     assert "train: 0 to do of 2" in out and "measure: 2 to do of 2" in out
     assert all(f"| {name} |" in text for name in ["clean", "PGD 4/255", *robustness.CORRUPTIONS])
@@ -190,12 +157,6 @@ def test_transfer_trains_on_one_half_of_the_classes_and_then_on_the_other(here, 
     assert "shapes-first-half" in config["init"] and "-area-0/last.pt" in config["init"]
 
 
-def test_variants_are_held_against_the_same_truth(here):
-    _, text = here(variants, "--models", "vit_micro", "--mixes", 12)
-    assert "12 mixes" in text
-    assert text.count("| three images |") == 2 * 4 and text.count("| drop path |") == 2 * 4
-
-
 def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
     args = argparse.Namespace(passes=1, data="shapes", root="data", images=30, val_images=0)
@@ -220,22 +181,25 @@ def test_the_influence_of_a_source_on_a_linear_model_is_what_it_adds():
     images[0], images[1] = 1.0, 3.0
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :, 6:] = 1  # a quarter is the partner's
-    owners, mean = torch.cat([1 - mask, mask], dim=1), torch.zeros(1, 3, 8, 8)
-    shares = mixing_ratio.influence(Linear(), tl_align.mix(images, mask), owners, mean)
+    owners, mixed = torch.stack([1 - mask, mask], dim=1), tl_align.mix(images, mask)
+    shares = mixing_ratio.influence(Linear(), mixed, owners, [torch.zeros(1, 3, 8, 8)])
     torch.testing.assert_close(shares[:, 1], torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
+    instead = [torch.full((1, 3, 8, 8), value) for value in (0.0, 1.0)]  # half above nothing, on average
+    shares = mixing_ratio.influence(Linear(), mixed, owners, instead)
+    torch.testing.assert_close(shares[:, 1], torch.tensor([2.5 / (2.5 + 1.5), 0.5 / (0.5 + 7.5)]))
 
 
 def test_the_influence_is_shapleys_value_for_three_sources():
-    owners = torch.zeros(1, 3, 6, 6)
+    owners = torch.zeros(1, 3, 1, 6, 6)
     for k in range(3):
-        owners[:, k, :, 2 * k : 2 * k + 2] = 1
-    levels = (owners * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1)).sum(1, keepdim=True)
+        owners[:, k, :, :, 2 * k : 2 * k + 2] = 1
+    levels = (owners * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)).sum(1)
 
     def product(images):  # a game in which all three together are worth something more
         a, b, c = (images[:, :1, :, i].mean((2, 3)) * 3 for i in (slice(0, 2), slice(2, 4), slice(4, 6)))
         return a * b * c + c
 
-    shares = mixing_ratio.influence(product, levels.expand(-1, 3, -1, -1), owners, torch.zeros(1, 3, 6, 6))
+    shares = mixing_ratio.influence(product, levels.expand(-1, 3, -1, -1), owners, [torch.zeros(1, 3, 6, 6)])
     a, b, c = 3.0, 6.0, 9.0
     third = a * b * c / 3
     torch.testing.assert_close(shares, torch.tensor([[third, third, third + c]]) / (3 * third + c))
@@ -246,8 +210,9 @@ def test_visible_objects_are_counted_where_the_mix_shows_them():
     masks[0, :, :, :2] = 1  # eight pixels, of which the box hides four
     masks[1] = 1  # everywhere: eight in the box
     mask[:, :, :2] = 1
-    torch.testing.assert_close(mixing_ratio.objects(masks, mask), torch.tensor([8 / 12, 4 / 12]))
-    assert mixing_ratio.objects(0 * masks, mask).isnan().all()
+    owners = torch.stack([1 - mask, mask], dim=1)
+    torch.testing.assert_close(mixing_ratio.objects(masks, owners), torch.tensor([8 / 12, 4 / 12]))
+    assert mixing_ratio.objects(0 * masks, owners).isnan().all()
 
 
 @torch.no_grad()
@@ -264,7 +229,7 @@ def test_a_measured_residual_weighs_what_attention_adds_beside_the_token(make):
     before, half = (y for y, _ in model.layer_labels(images, labels)[:2])
     for hook in hooks:
         hook.remove()
-    with residual.by_norm(model):
+    with weighing.by(model, "norm"):
         logits, aligned = model(images, labels)
         norm = model.layer_labels(images, labels)[1][0]
     x, after = given

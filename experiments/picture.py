@@ -49,14 +49,20 @@ def draw(model, sets, s):
         share, read = layers[depth]
         title = f"layer {depth}" if depth < last else "aligned"
         columns.append((title, paint(share.movedim(-1, 1)), read[:, 0]))
-    cells, frame = [], torch.tensor([[0, 0, CELL - 1, CAPTION + CELL - 1]])
-    for row in range(0, 2 * ROWS, 2):
-        for title, pictures, read in columns:
-            cell = F.interpolate(pictures[row, None], (CELL, CELL), mode="area")[0]
-            cell = F.pad(cell, (0, 0, CAPTION, 0), value=255).to(torch.uint8)
-            caption = title if read is None else f"{title}: {read[row].item():.2f}"
-            cells.append(draw_bounding_boxes(cell, frame, [caption], "black") / 255)
-    save_image(cells, file := io.BytesIO(), "png", nrow=len(columns), padding=GAP, pad_value=1)
+    name = lambda title, read, row: title if read is None else f"{title}: {read[row].item():.2f}"
+    rows = range(0, 2 * ROWS, 2)
+    cells = [(name(title, read, row), pictures[row]) for row in rows for title, pictures, read in columns]
+    return grid(cells, len(columns))
+
+
+def grid(cells, columns):
+    """Pictures with captions, so many in a row: a PNG's bytes. cells: (caption, (3, H, W) from 0 to 255)."""
+    drawn, frame = [], torch.tensor([[0, 0, CELL - 1, CAPTION + CELL - 1]])
+    for caption, cell in cells:
+        cell = F.interpolate(cell[None].cpu(), (CELL, CELL), mode="area")[0]
+        cell = F.pad(cell, (0, 0, CAPTION, 0), value=255).to(torch.uint8)
+        drawn.append(draw_bounding_boxes(cell, frame, [caption], "black") / 255)
+    save_image(drawn, file := io.BytesIO(), "png", nrow=columns, padding=GAP, pad_value=1)
     return file.getvalue()
 
 

@@ -1,15 +1,17 @@
-"""Mixer and ConvNeXt, and rules that weigh what is moved, against independent references."""
+"""Mixer, ConvNeXt and video, and rules that weigh what is moved, against independent references."""
 
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.io import decode_image
 
 import convnext
 import mixer
 import rules
 import swin
+import video
 import vit
 import weighing
 
@@ -259,6 +261,73 @@ def test_a_rule_changes_no_gradient(name):
     assert not aligned.requires_grad
     for a, b in zip(own, torch.autograd.grad(logits.square().sum(), [*model.parameters()])):
         torch.testing.assert_close(a, b)
+
+
+# --- Video.
+
+
+def test_boxes_of_space_and_time_lie_on_the_grid_of_tubelets():
+    rand = torch.rand(200, 4)
+    mask = video.cutmix_mask(rand, (8, 32, 32), 8)
+    assert mask.shape == (200, 8, 1, 32, 32)
+    tokens = video.token_labels(mask, 8)
+    assert tokens.shape == (200, 4 * 4 * 4, 1) and set(tokens.unique().tolist()) == {0, 1}
+    tokens = tokens.unflatten(1, (4, 4, 4))[..., 0]  # (B, times, rows, columns)
+    sides = ((1 - rand[:, 0]) ** (1 / 3) * 4).floor()
+    for axis in (1, 2, 3):
+        length = tokens.amax([a for a in (1, 2, 3) if a != axis]).sum(1)  # of the box, in tubelets
+        assert (length <= sides).all() and (length == sides)[sides < 2].any()
+    middle = torch.tensor([[0.4, 0.5, 0.5, 0.5]])
+    assert video.token_labels(video.cutmix_mask(middle, (8, 32, 32), 8), 8).sum() == 3**3
+
+
+@torch.no_grad()
+def test_a_tubelets_label_stands_where_its_token_stands():
+    model = video.video_micro(num_classes=3).eval()
+    for k in (0, 5, 63):
+        clip = torch.zeros(1, 8, 3, 32, 32)
+        t, h, w = k // 16 * 2, k // 4 % 4 * 8, k % 4 * 8
+        clip[:, t : t + 2, :, h : h + 8, w : w + 8] = 1
+        tokens = (model.patch_embed(clip) - model.patch_embed(0 * clip)).abs().sum(1).flatten()
+        assert tokens.nonzero().tolist() == [[k]]
+        assert video.token_labels(clip[:, :, :1], 8)[0, :, 0].nonzero().tolist() == [[k]]
+    mask = video.cutmix_mask(torch.rand(2, 4), (8, 32, 32), 8)
+    clips, labels = torch.randn(2, 8, 3, 32, 32), video.token_labels(mask, 8)
+    layers = model.layer_labels(clips, labels)
+    torch.testing.assert_close(layers[0][0].flatten(1, 3), labels)
+    torch.testing.assert_close(layers[-1][1], model(clips, labels)[1])
+    with pytest.raises(ValueError, match="clips must be"):
+        model(clips[:, 1:])
+    with pytest.raises(ValueError, match="one row for each tubelet"):
+        model(clips, labels[:, 1:])
+
+
+def test_a_built_in_clip_moves_in_the_direction_that_is_its_class():
+    clips, targets = video.drawn(24, 0)
+    assert clips.shape == (24, 8, 3, 32, 32) and targets.max() < len(video.DIRECTIONS)
+    moves = {"up": (-2, 0), "right": (0, 2), "down left": (2, -2)}
+    for clip, name in zip(clips, (video.DIRECTIONS[t] for t in targets)):
+        if name in moves:
+            still, fits = (clip[1:] == clip[:-1]).all(1), {}  # the ground
+            for by in moves.values():
+                moved = (clip[1:] == clip[:-1].roll(by, (2, 3))).all(1)
+                fits[by] = moved[~still].double().mean()
+            assert max(fits, key=fits.get) == moves[name]
+
+
+def test_video_trains_on_its_own_clips_and_on_a_folder_of_them(here, tmp_path):
+    few = ["--images", 20, "--val-images", 20, "--passes", 1, "--batch-size", 10, "--mixes", 10]
+    out, text = here(video, *few)
+    assert "train: 3 to do of 3" in out and text.count("| TL-Align |") == 2
+    assert decode_image(tmp_path / "runs" / "experiments" / "video.png").float().std() > 30
+    for part in ("train", "val"):
+        for name, level in (("dark", 20), ("light", 200)):
+            (tmp_path / "clips" / part / name).mkdir(parents=True)
+            for i in range(10):
+                clip = torch.full((11, 3, 40, 50), level + i, dtype=torch.uint8)
+                torch.save(clip, tmp_path / "clips" / part / name / f"{i}.pt")
+    out, text = here(video, *few, "--clips", tmp_path / "clips")
+    assert "train: 3 to do of 3" in out and "20 clips to validate on" in text
 
 
 def test_rules_are_held_against_the_truth_of_three_sources(here):

@@ -1,0 +1,279 @@
+"""Clips: a ViT of tubelets, CutMix in space and time, and labels that move with the tubelets.
+
+    python experiments/video.py                             # clips that it draws itself, minutes on a CPU
+    python experiments/video.py --clips FOLDER              # of train/CLASS/*.pt and val/CLASS/*.pt
+
+Only the embedding differs from an image's: a token is a tubelet of two frames and 8 x 8 pixels (Arnab et al.
+2021, arXiv 2103.15691). A box of space and time is pasted from one clip into another, on the grid of tubelets
+(Yun et al. 2020, arXiv 2012.03457), each tubelet starts with the share of its pixels that is pasted, and the
+blocks of `vit.py` move the labels as they are.
+
+A built-in clip shows an object that moves over a cluttered ground, both of the built-in images; its class is
+the direction, one of eight, so that no frame alone tells it. A file of --clips holds a uint8 tensor (T, 3, H,
+W) of any length and sides; eight frames, spread over it, are scaled and cropped to 32 px.
+
+First table: accuracy beside the area target's, paired by seeds. Second: how far the shares that rules assign
+to the pasted clip are from its influence (see `mixing_ratio.py`), in models trained with the area target.
+"""
+
+import io
+import json
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from einops.layers.torch import Rearrange
+from torch import nn
+from torch.utils.data import TensorDataset
+from torchvision.datasets import DatasetFolder
+
+import mixing_ratio
+import picture
+import rules
+import runs
+import tl_align  # on the path that `runs` has set
+import vit
+from runs import data, script
+
+FRAMES, SIDE, TUBELET = 8, 32, 2
+DIRECTIONS = ["up", "up right", "right", "down right", "down", "down left", "left", "up left"]
+TRAINED = ("no mixing", "area", "TL-Align")
+
+
+class VideoViT(vit.ViT):
+    """A ViT of clips (B, frames, 3, img_size, img_size); labels are (B, N, K), of each tubelet, frames first.
+    Settings, methods and errors are a ViT's; tubelet is the number of frames in one."""
+
+    def __init__(self, img_size=SIDE, patch_size=8, frames=FRAMES, tubelet=TUBELET, **kwargs):
+        super().__init__(img_size, patch_size, **kwargs)
+        self.frames, self.times = frames, frames // tubelet
+        size = (tubelet, patch_size, patch_size)
+        conv = nn.Conv3d(3, self.pos_embed.shape[-1], size, size)
+        layers = {"clip": Rearrange("b t c h w -> b c t h w"), "proj": conv, "flat": nn.Flatten(2, 3)}
+        self.patch_embed = nn.Sequential(OrderedDict(layers))  # (B, dim, times * rows, columns)
+        token, grid = self.pos_embed.detach().tensor_split([int(self.pool == "cls")], dim=1)
+        place = grid + 0.02 * torch.randn(self.times, 1, grid.shape[-1])  # of every time and place
+        self.pos_embed = nn.Parameter(torch.cat([token, place.reshape(1, -1, grid.shape[-1])], dim=1))
+
+    def layer_labels(self, clips, labels):
+        """As a ViT's, the tubelets' labels (B, times, H, W, K)."""
+        side, extra = self.img_size // self.patch_size, self.pool == "cls"
+        _, layers, _ = self._trunk(clips, labels)
+        tubelets = lambda y: rearrange(y[:, extra:], "b (t h w) k -> b t h w k", h=side, w=side)
+        return [(tubelets(y), self._read(y)) for y in layers]
+
+    def adapt(self, state):
+        """A checkpoint fits as it is. state: a dict of tensors. Returns a new one."""
+        return dict(state)
+
+    def _check(self, clips, labels):
+        size = (self.frames, 3, self.img_size, self.img_size)
+        if clips.shape[1:] != size:
+            raise ValueError(f"clips must be (B, {', '.join(map(str, size))}), got {tuple(clips.shape)}")
+        batch, tokens = len(clips), self.times * (self.img_size // self.patch_size) ** 2
+        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (batch, tokens)):
+            expected = f"({batch}, {tokens}, K), one row for each tubelet"
+            raise ValueError(f"labels must be {expected}, got {tuple(labels.shape)}")
+
+
+def video_micro(**kwargs):
+    """Small enough to train on a laptop's CPU."""
+    return VideoViT(**{"dim": 64, "depth": 4, "heads": 2, **kwargs})
+
+
+script.MODELS["video_micro"] = video_micro
+
+
+def cutmix_mask(rand, size, patch_size):
+    """A box of 1 - lambda of a clip, its sides the same share of each of the clip's, on the grid of tubelets.
+    rand: (B, 4), lambda and the centre's row, column and time. size: (T, H, W). Returns (B, T, 1, H, W)."""
+    side = 1 - (1 - rand[:, :1]) ** (2 / 3)  # what makes a box of two dimensions have such sides
+    box = tl_align.cutmix_mask(torch.cat([side, rand[:, 1:3]], dim=1), size[1:], patch_size)
+    span = torch.cat([side, rand[:, 3:], rand[:, 3:]], dim=1)
+    span = tl_align.cutmix_mask(span, (size[0], size[0]), TUBELET).amax(-1)  # (B, 1, T)
+    return box[:, None] * span.mT[..., None, None]
+
+
+def token_labels(mask, patch_size):
+    """The share of each tubelet that is pasted: (B, N, 1). mask: (B, T, 1, H, W)."""
+    return F.avg_pool3d(mask[:, :, 0], (TUBELET, patch_size, patch_size)).flatten(1)[..., None]
+
+
+def loss(model, clips, targets, rand, patch_size, mixing, label, smoothing):
+    """`tl_align.mixed_loss` of clips, with the area or aligned labels."""
+    drop = rand[:, 3:].unflatten(1, (-1, 2))
+    if mixing == "none":
+        return F.cross_entropy(model(clips, rand=drop), targets, label_smoothing=smoothing)
+    # Time takes a number of the first block's, which drop path, rising from a rate of 0, never drops.
+    mask = cutmix_mask(rand[:, :4], (clips.shape[1], *clips.shape[-2:]), patch_size)
+    mixed, labels = tl_align.mix(clips, mask), token_labels(mask, patch_size)
+    if label == "area":
+        logits, share = model(mixed, rand=drop), labels.mean(1)
+    else:
+        logits, share = model(mixed, labels, rand=drop)
+    return tl_align.mixed_cross_entropy(logits, targets, share, smoothing)
+
+
+# --- Clips, (n, T, 3, S, S) uint8, and their classes.
+
+
+def drawn(n, seed):
+    """Built-in clips: an object of one image moves over another, two pixels a frame, round the border."""
+    (ground, _, _), (objects, _, masks) = data.shapes(n, (seed, "ground")), data.shapes(n, (seed, "object"))
+    targets = torch.randint(8, (n,), generator=data.generator(seed, "direction"))
+    steps = torch.tensor([(-2, 0), (-2, 2), (0, 2), (2, 2), (2, 0), (2, -2), (0, -2), (-2, -2)])
+    starts = torch.randint(SIDE, (n, 2), generator=data.generator(seed, "start"))
+    clips = ground[:, None].repeat(1, FRAMES, 1, 1, 1)
+    for clip, image, mask, target, start in zip(clips, objects, masks, targets, starts):
+        for t, frame in enumerate(clip):
+            shift = (start + t * steps[target]).tolist()
+            there = mask.roll(shift, (0, 1))
+            frame[:, there] = image.roll(shift, (1, 2))[:, there]
+    return clips, targets
+
+
+def read(path):
+    clip = torch.load(path, weights_only=True)
+    return data.center_crop(clip[torch.linspace(0, len(clip) - 1, FRAMES).long()], SIDE)
+
+
+def opened(args, seed):
+    """The sets of a seed."""
+    if not args.clips:
+        parts = drawn(args.images, seed), drawn(args.val_images or 1000, "val")
+        return data.Sets(*(TensorDataset(*part) for part in parts), DIRECTIONS, flip=False)
+    parts, found = [], []
+    for name in ("train", "val"):
+        found.append(DatasetFolder(Path(args.clips, name), read, (".pt",)))
+        clips, targets = zip(*found[-1])
+        parts.append(TensorDataset(torch.stack(clips), torch.tensor(targets)))
+    return data.Sets(*parts, found[0].classes, flip=False)
+
+
+def settings(args, sets, method, seed):
+    """The complete settings of one run."""
+    n, s = len(sets.train), script.parse(["--seed", str(seed), "--device", args.device])
+    few = {
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "patch_size": 8,
+        "drop_path": 0.0,
+        "workers": 0,
+    }
+    vars(s).update(model="video_micro", passes=args.passes, **few, **runs.METHODS[method])
+    folder = f"{Path(args.clips or 'built-in').name}-video-{n}x{args.passes}x{args.epochs}-b{args.batch_size}"
+    s.out = f"{args.runs}/{folder}/{method.lower().replace(' ', '-')}-{seed}"
+    script.check(script.recipe(s, SIDE, n * args.passes), n * args.passes, 1)
+    return s
+
+
+def train(s, sets):
+    """One run: last.pt and metrics.jsonl as train.py leaves them."""
+    with runs.logged(s.out):
+        trainer, n, history = script.Trainer(s, len(sets.classes)), len(sets.train), []
+        trainer.loss, steps = loss, n * s.passes // s.batch_size
+        (clips, targets), val = ([t.to(s.device) for t in part.tensors] for part in (sets.train, sets.val))
+        whole = SimpleNamespace(sets=sets, whole=lambda: zip(*(t.split(500) for t in val)))
+        for epoch in range(s.epochs):
+            trainer.raw.train()
+            order = data.epoch_order(n * s.passes, s.seed, epoch).to(s.device) % n
+            for step in range(steps):
+                i = order[step * s.batch_size : (step + 1) * s.batch_size]
+                value = trainer.step(clips[i], targets[i], epoch * steps + step, steps, flip=False)
+            top1, _ = script.evaluate(trainer.raw, whole, s)
+            script.say(f"epoch {epoch + 1}/{s.epochs}  loss {value.item():.4f}  val top-1 {top1:.2f} %")
+            history.append(json.dumps({"epoch": epoch + 1, "val_top1": top1}))
+        torch.save({"model": trainer.raw.state_dict(), "settings": vars(s)}, content := io.BytesIO())
+        script.write_beside(Path(s.out, "last.pt"), content.getbuffer())
+        script.write_beside(Path(s.out, "metrics.jsonl"), "\n".join([*history, ""]).encode())
+
+
+def mixes(sets, s, n):
+    """Mixes of n clips to validate on, (n, T, 3, S, S), their masks, (n, T, 1, S, S), and the mean patch."""
+    clips = data.normalize(sets.val.tensors[0][:n])
+    mask = cutmix_mask(data.uniform((n, 4), "video"), (FRAMES, SIDE, SIDE), s.patch_size)
+    return [
+        t.to(s.device)
+        for t in (tl_align.mix(clips, mask), mask, mixing_ratio.mean_patch(clips.flatten(0, 1), s))
+    ]
+
+
+def look(model, mixed, mask, mean, s):
+    """What each rule says of each mix, {rule: (n,)}, and the influence, (n,)."""
+    labels = token_labels(mask, s.patch_size)
+    said = {"area": labels.mean(1)[:, 0]}
+    for name in ("TL-Align", "norm", "parts"):
+        with rules.RULES[name](model):
+            said[name] = model(mixed, labels)[1][:, 0]
+    true = mixing_ratio.influence(model, mixed, torch.stack([1 - mask, mask], dim=1), [mean])[:, 1]
+    return {name: share.cpu() for name, share in said.items()}, true.cpu()
+
+
+def draw(model, mixed, mask, s):
+    """Three mixes as a PNG's bytes: a frame of each tubelet, what is pasted there, and what arrives."""
+    tokens, read = model.layer_labels(mixed, token_labels(mask, s.patch_size))[-1]
+    mean, std, _ = data.constants(1, mixed.device)
+    frames, cells = ((mixed * std + mean) * 255).clamp(0, 255), []
+    for k in range(0, 6, 2):
+        area, aligned = mask[k].mean().item(), read[k].item()
+        strips = {
+            "mixed": frames[k, ::TUBELET],
+            f"pasted: {area:.2f}": picture.paint(mask[k, ::TUBELET]),
+            f"aligned: {aligned:.2f}": picture.paint(tokens[k].movedim(-1, 1)),
+        }
+        cells += [(caption, cell) for caption, strip in strips.items() for cell in strip]
+    return picture.grid(cells, len(strips) * FRAMES // TUBELET)
+
+
+def main():
+    parser = runs.arguments(__doc__, images=500, passes=10, epochs=6, batch_size=50)
+    parser.add_argument("--clips", help="folder of clips; without it they are drawn")
+    parser.add_argument("--mixes", type=int, default=500, help="mixed clips to look at [500]")
+    args = runs.parsed(parser)
+    sets = [opened(args, seed) for seed in range(args.seeds)]
+    trained = {
+        method: [settings(args, sets[seed], method, seed) for seed in range(args.seeds)] for method in TRAINED
+    }
+    pairs = [(s, sets[s.seed]) for seeds in trained.values() for s in seeds]
+    top1 = lambda s: runs.done(s)[-1]["val_top1"]
+    todo = [run for run in pairs if not runs.done(run[0])]
+    runs.side_by_side(train, todo, args, len(pairs), lambda s: f"top-1 {top1(s):.2f} %")
+
+    rows, points, area = [], [], [*map(top1, trained["area"])]
+    for method, seeds in trained.items():
+        values = [*map(top1, seeds)]
+        gain = "" if method == "area" else runs.signed([a - b for a, b in zip(values, area)])
+        mean, half = runs.interval(values)
+        rows.append([method, f"{mean:.2f}", gain])
+        points.append((mean, mean - half, mean + half))
+    text = runs.table(["trained with", "top-1 %", "difference to area"], rows)
+    panels = [("top-1 %", [*trained], {"mean over seeds, or mixes, and its 95 % interval": points})]
+
+    n, first = min(args.mixes, len(sets[0].val)) // 2 * 2, trained["area"][0]
+    found = mixes(sets[0], first, n)
+    looks = [look(runs.model_of(s, sets[s.seed]), *found, s) for s in trained["area"]]
+    true = torch.stack([true for _, true in looks])
+    both = {
+        rule: [*mixing_ratio.scores(torch.stack([said[rule] for said, _ in looks]), true)]
+        for rule in looks[0][0]
+    }
+    cell = lambda score: "{:.3f} ({:.3f} to {:.3f})".format(*score)
+    rows = [[rule, *map(cell, scores)] for rule, scores in both.items()]
+    text += "\n" + runs.table(["rule", "error of the share", "rank correlation"], rows)
+    few, many, passes = len(sets[0].train), len(sets[0].val), args.epochs * args.passes
+    text += (
+        f"\n{n} mixes of {many} clips to validate on. Models of {passes} passes over {few} clips, seeds 0 "
+    )
+    text += f"to {args.seeds - 1}; ± is half the 95 % interval over seeds, in brackets it is over mixes.\n"
+    panels.append(("error of the share", [*both], {"": [error for error, _ in both.values()]}))
+    runs.write(args, "video", text, runs.chart(panels, "", joined=False))
+    model = runs.model_of(trained["TL-Align"][0], sets[0])
+    script.write_beside(Path(args.runs, "video.png"), draw(model, *found[:2], first))
+    print(f"three mixes and their labels: {args.runs}/video.png")
+
+
+if __name__ == "__main__":
+    runs.run(main)

@@ -6,13 +6,13 @@
 
 Other flags are those of train.py, such as --batch-size, --device and --no-compile.
 
-Three ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
-labels as this project moves them, one share a token, and dense labels, (B, N, 1000), as the authors' code
-does. A ratio is taken within a round, so that a machine that is busy slows both; the table has the median of
-the rounds and half of its 95 % interval, by bootstrap. "area" is the step with the area target beside that
-of the first form; "aligned" and "dense" are beside the area of their own form. TFLOP/s are those of the area
-step, three times its forward pass; in brackets as a share of what a large matrix product reaches, timed in
-turn as well. Forms:
+Four ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
+labels as this project moves them, one share a token, the rule by parts of `weighing.py`, and dense labels,
+(B, N, 1000), as the authors' code does. A ratio is taken within a round, so that a machine that is busy slows
+both; the table has the median of the rounds and half of its 95 % interval, by bootstrap. "area" is the step
+with the area target beside that of the first form, the others are beside the area of their own form. TFLOP/s
+are those of the area step, three times its forward pass; in brackets as a share of what a large matrix
+product reaches, timed in turn as well. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
@@ -21,9 +21,8 @@ turn as well. Forms:
     channels   labels as eight further channels of the values, in the one call (ViT only)
     timm       timm's model of that name, if the package is there, with the area target: the rate to beat
 
-Models are compiled on CUDA, as in training, and not on a CPU, or as --compile says; flex attention always is.
-What theory gives stands beside: the labels' own arithmetic as a share of the model's. With N tokens, h heads
-of d channels and K numbers a label, a layer and image takes
+Models are compiled on CUDA, or as --compile says, flex attention always. Arithmetic is the labels' own as a
+share of the model's, by count: with N tokens, h heads of d channels and K numbers a label, a layer takes
 
     explicit   h N² + 2 N² K      the mean over heads, and A @ Y
     others     2 h N² (d + w)     the scores again, and values w wide: K, padded as said above
@@ -33,6 +32,7 @@ matrices, for nothing of it is kept for the backward pass.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -58,13 +58,14 @@ import runs
 import swin  # these three on the path that `runs` has set
 import tl_align
 import vit
+import weighing
 from runs import data, script
 
 CLASSES = 1000
 HEAD = """\
-| model | px | attention | area: images/s | TFLOP/s (share) | time: area | aligned | dense \
-| area: peak GiB | memory: aligned | dense | arithmetic: aligned | dense |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+| model | px | attention | area: images/s | TFLOP/s (share) | time: area | aligned | parts | dense \
+| area: peak GiB | memory: aligned | parts | dense | arithmetic: aligned | dense |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def dense_loss(model, images, targets, rand, patch_size, mixing, label, smoothing):
@@ -81,6 +82,7 @@ def dense_loss(model, images, targets, rand, patch_size, mixing, label, smoothin
 WAYS = {
     "area": (tl_align.mixed_loss, "area"),
     "aligned": (tl_align.mixed_loss, "tl_align"),
+    "parts": (tl_align.mixed_loss, "tl_align"),
     "dense": (dense_loss, "tl_align"),
 }
 
@@ -243,7 +245,8 @@ def measure(s, args):
     def step(form, way):
         trainer = trainers[form]
         trainer.loss, s.targets = WAYS[way]
-        with mock.patch.object(tl_align, "align_fused", ALIGN.get(form, tl_align.align_fused)):
+        rule = weighing.by(trainer.raw, "parts") if way == "parts" else contextlib.nullcontext()
+        with rule, mock.patch.object(tl_align, "align_fused", ALIGN.get(form, tl_align.align_fused)):
             trainer.step(images, labels, 0, 1000)
 
     def seconds(action, *which):
@@ -310,6 +313,7 @@ def main():
         args.models = ["deit_tiny", "deit_small", "deit_base", "swin_tiny", "swin_small"]
         args.sizes, args.forms = [224, 384], [f for f in WIDTHS if f != "timm" or find_spec("timm")]
     args.ways = ["area", *(way for way in args.ways if way != "area")]
+    torch._dynamo.config.skip_nnmodule_hook_guards = False  # the rule by parts is hooks
     torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own,
     torch._dynamo.config.automatic_dynamic_shapes = False  # with shapes that are known
 

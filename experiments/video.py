@@ -16,6 +16,7 @@ First table: accuracy beside the area target's, paired by seeds. Second: how far
 to the pasted clip are from its influence (see `mixing_ratio.py`), in models trained with the area target.
 """
 
+import contextlib
 import io
 import json
 from collections import OrderedDict
@@ -136,20 +137,31 @@ def drawn(n, seed):
 
 
 def read(path):
-    clip = torch.load(path, weights_only=True)
-    return data.center_crop(clip[torch.linspace(0, len(clip) - 1, FRAMES).long()], SIDE)
+    """A file's clip, (FRAMES, 3, SIDE, SIDE). Raises Ended where it is none."""
+    with contextlib.suppress(Exception):  # whatever a file of something else makes of torch
+        clip = torch.load(path, weights_only=True)
+        if clip.dtype == torch.uint8 and clip.shape[1:2] == (3,):
+            return data.center_crop(clip[torch.linspace(0, len(clip) - 1, FRAMES).long()], SIDE)
+    raise data.Ended(f"{path} holds no clip, a uint8 tensor (T, 3, H, W)")
 
 
-def opened(args, seed):
+def made(args, seed):
     """The sets of a seed."""
-    if not args.clips:
-        parts = drawn(args.images, seed), drawn(args.val_images or 1000, "val")
-        return data.Sets(*(TensorDataset(*part) for part in parts), DIRECTIONS, flip=False)
-    parts, found = [], []
-    for name in ("train", "val"):
-        found.append(DatasetFolder(Path(args.clips, name), read, (".pt",)))
-        clips, targets = zip(*found[-1])
-        parts.append(TensorDataset(torch.stack(clips), torch.tensor(targets)))
+    parts = drawn(args.images, seed), drawn(args.val_images or 1000, "val")
+    return data.Sets(*(TensorDataset(*part) for part in parts), DIRECTIONS, flip=False)
+
+
+def opened(folder):
+    """The sets of a folder of clips. Raises Ended."""
+    try:
+        found = [DatasetFolder(Path(folder, part), read, (".pt",)) for part in ("train", "val")]
+    except OSError as e:  # no such folder, none in it, or one without clips
+        reason = str(e).split("] ")[-1]
+        raise data.Ended(f"{reason}; --clips takes a folder of train/CLASS/*.pt and val/CLASS/*.pt") from e
+    if found[0].classes != found[1].classes:
+        raise data.Ended(f"the classes of {folder}/train and val differ")
+    columns = [[*zip(*part)] for part in found]
+    parts = [TensorDataset(torch.stack(clips), torch.tensor(targets)) for clips, targets in columns]
     return data.Sets(*parts, found[0].classes, flip=False)
 
 
@@ -233,18 +245,17 @@ def main():
     parser.add_argument("--clips", help="folder of clips; without it they are drawn")
     parser.add_argument("--mixes", type=int, default=500, help="mixed clips to look at [500]")
     args = runs.parsed(parser)
-    sets = [opened(args, seed) for seed in range(args.seeds)]
-    trained = {
-        method: [settings(args, sets[seed], method, seed) for seed in range(args.seeds)] for method in TRAINED
-    }
-    pairs = [(s, sets[s.seed]) for seeds in trained.values() for s in seeds]
+    seeds = range(args.seeds)
+    sets = [opened(args.clips)] * args.seeds if args.clips else [made(args, seed) for seed in seeds]
+    trained = {method: [settings(args, sets[seed], method, seed) for seed in seeds] for method in TRAINED}
+    pairs = [(s, sets[s.seed]) for runs_of in trained.values() for s in runs_of]
     top1 = lambda s: runs.done(s)[-1]["val_top1"]
     todo = [run for run in pairs if not runs.done(run[0])]
     runs.side_by_side(train, todo, args, len(pairs), lambda s: f"top-1 {top1(s):.2f} %")
 
     rows, points, area = [], [], [*map(top1, trained["area"])]
-    for method, seeds in trained.items():
-        values = [*map(top1, seeds)]
+    for method, runs_of in trained.items():
+        values = [*map(top1, runs_of)]
         gain = "" if method == "area" else runs.signed([a - b for a, b in zip(values, area)])
         mean, half = runs.interval(values)
         rows.append([method, f"{mean:.2f}", gain])

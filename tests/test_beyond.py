@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torchvision.io import decode_image
 
 import convnext
+import data
 import mixer
 import rules
 import swin
@@ -277,8 +278,9 @@ def test_boxes_of_space_and_time_lie_on_the_grid_of_tubelets():
     for axis in (1, 2, 3):
         length = tokens.amax([a for a in (1, 2, 3) if a != axis]).sum(1)  # of the box, in tubelets
         assert (length <= sides).all() and (length == sides)[sides < 2].any()
-    middle = torch.tensor([[0.4, 0.5, 0.5, 0.5]])
-    assert video.token_labels(video.cutmix_mask(middle, (8, 32, 32), 8), 8).sum() == 3**3
+    eighth = torch.tensor([[0.87, 0.8, 0.5, 0.3]])  # lambda, and the centre's row, column and time
+    box = video.token_labels(video.cutmix_mask(eighth, (8, 32, 32), 8), 8).unflatten(1, (4, 4, 4))[0, ..., 0]
+    assert box.sum() == 2**3 and box[0:2, 2:4, 1:3].all()
 
 
 @torch.no_grad()
@@ -328,6 +330,11 @@ def test_video_trains_on_its_own_clips_and_on_a_folder_of_them(here, tmp_path):
                 torch.save(clip, tmp_path / "clips" / part / name / f"{i}.pt")
     out, text = here(video, *few, "--clips", tmp_path / "clips")
     assert "train: 3 to do of 3" in out and "20 clips to validate on" in text
+    torch.save(torch.zeros(11, 40, 50), tmp_path / "clips" / "train" / "dark" / "0.pt")
+    with pytest.raises(data.Ended, match=r"0\.pt holds no clip, a uint8 tensor \(T, 3, H, W\)"):
+        here(video, *few, "--clips", tmp_path / "clips")
+    with pytest.raises(data.Ended, match="--clips takes a folder of train/CLASS"):
+        here(video, *few, "--clips", tmp_path / "none")
 
 
 def test_rules_are_held_against_the_truth_of_three_sources(here):

@@ -38,10 +38,8 @@ METHODS = {
 
 def arguments(doc, **defaults):
     """A parser of what all experiments take; defaults replace those of this list."""
-    first, _, rest = doc.partition("\n")
-    parser = argparse.ArgumentParser(
-        description=first, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    (first, _, rest), style = doc.partition("\n"), argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=style)
     options = {
         "data": ("shapes", "shapes, a torchvision set, or a folder, as for train.py"),
         "root": ("data", "folder that torchvision's sets are downloaded to"),
@@ -242,6 +240,17 @@ def signed(values):
     """The same as text: +1.23 ± 0.45."""
     mean, half = interval(values)
     return f"{mean:+.2f}" + (f" ± {half:.2f}" if half == half else "")
+
+
+def beside(values, base="area"):
+    """Of {way: a value for each seed}: rows (way, mean, difference to the base), and points for a chart."""
+    rows, points = [], []
+    for way, those in values.items():
+        mean, half = interval(those)
+        gain = "" if way == base else signed([a - b for a, b in zip(those, values[base])])
+        rows.append([way, f"{mean:.2f}", gain])
+        points.append((mean, mean - half, mean + half))
+    return rows, points
 
 
 def made_of(args, sets, spread="± is half the 95 % interval over seeds"):

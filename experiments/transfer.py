@@ -51,12 +51,8 @@ def main():
         for (name, way, _), s in after.items():
             if name == model:
                 top1[way].append(runs.done(s)[-1]["val_top1"])
-        points = []
-        for way, values in top1.items():
-            mean, half = runs.interval(values)
-            gain = "" if way == "area" else runs.signed([a - b for a, b in zip(values, top1["area"])])
-            rows.append([model, way, f"{mean:.2f}", gain])
-            points.append((mean, mean - half, mean + half))
+        told, points = runs.beside(top1)
+        rows += [[model, *row] for row in told]
         panels.append((model, [*top1], {"mean over seeds and its 95 % interval": points}))
     text = runs.table(["model", "pre-trained with", "top-1 %", "difference to area"], rows)
     text += (

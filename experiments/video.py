@@ -248,18 +248,12 @@ def main():
     seeds = range(args.seeds)
     sets = [opened(args.clips)] * args.seeds if args.clips else [made(args, seed) for seed in seeds]
     trained = {method: [settings(args, sets[seed], method, seed) for seed in seeds] for method in TRAINED}
-    pairs = [(s, sets[s.seed]) for runs_of in trained.values() for s in runs_of]
+    pairs = [(s, sets[s.seed]) for those in trained.values() for s in those]
     top1 = lambda s: runs.done(s)[-1]["val_top1"]
     todo = [run for run in pairs if not runs.done(run[0])]
     runs.side_by_side(train, todo, args, len(pairs), lambda s: f"top-1 {top1(s):.2f} %")
 
-    rows, points, area = [], [], [*map(top1, trained["area"])]
-    for method, runs_of in trained.items():
-        values = [*map(top1, runs_of)]
-        gain = "" if method == "area" else runs.signed([a - b for a, b in zip(values, area)])
-        mean, half = runs.interval(values)
-        rows.append([method, f"{mean:.2f}", gain])
-        points.append((mean, mean - half, mean + half))
+    rows, points = runs.beside({method: [*map(top1, those)] for method, those in trained.items()})
     text = runs.table(["trained with", "top-1 %", "difference to area"], rows)
     panels = [("top-1 %", [*trained], {"mean over seeds, or mixes, and its 95 % interval": points})]
 

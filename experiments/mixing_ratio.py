@@ -127,7 +127,7 @@ def scores(said, true, group=2, resamples=1000):
     drawn = torch.randint(n // group, (resamples, n // group), generator=data.generator("bootstrap"))
     times = torch.zeros(resamples, n // group).scatter_add(1, drawn, torch.ones(drawn.shape))
     weight = torch.cat([torch.ones(1, n), times.repeat_interleave(group, dim=1)])  # as it is, then drawn
-    seen = ~true.isnan()[0]
+    seen = ~(said + true).isnan().any(0)
     weight = (weight[:, seen] / weight[:, seen].sum(1, keepdim=True)).double()
 
     def mean(x):  # (seeds, n) to (1 + resamples, seeds)

@@ -87,11 +87,9 @@ def main():
     parser.add_argument("--sources", type=int, default=2, help="images in a mix [2]")
     args = runs.parsed(parser)
     sets = runs.open_part(args)
-    n = min(args.mixes, len(sets.val)) // args.sources * args.sources
+    n = min(args.mixes, len(sets.val)) // max(2, args.sources) * args.sources
     if args.sources < 2 or n < args.sources * (OTHERS + 1):
-        raise data.Ended(
-            f"--sources {args.sources} of {n} images won't do: 2 or more, and five times as many"
-        )
+        raise data.Ended(f"--sources must be from 2 to a fifth of the images, got {args.sources}")
     trained = {
         model: [runs.settings(args, sets, model, "area", seed) for seed in range(args.seeds)]
         for model in args.models

@@ -36,8 +36,8 @@ METHODS = {
 }
 
 
-def arguments(doc, **defaults):
-    """A parser of what all experiments take; defaults replace those of this list."""
+def arguments(doc, without=(), **defaults):
+    """A parser of what all experiments take, but for some; defaults replace those of this list."""
     (first, _, rest), style = doc.partition("\n"), argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=first, epilog=rest, formatter_class=style)
     options = {
@@ -54,21 +54,23 @@ def arguments(doc, **defaults):
         "device": ("cuda" if torch.cuda.is_available() else "cpu", "where to train"),
         "runs": ("runs/experiments", "folder of the runs and the results"),
     }
-    for name, (default, help) in options.items():
+    for name, (default, help) in ((k, v) for k, v in options.items() if k not in without):
         default = defaults.get(name, default)
         many = {"nargs": "+"} if isinstance(default, list) else {}
         kind = str if isinstance(default, (str, list)) else int
         text = f"{help} [{default}]" if default is not None else help
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text, **many)
-    full = "DeiT-T and a Swin of like size, 100 epochs of all of CIFAR-10, five seeds: for a GPU"
-    parser.add_argument("--full", action="store_true", help=full)
+    if "full" not in without:
+        parser.add_argument(
+            "--full", action="store_true", help="DeiT-T and a Swin, all of CIFAR-10: for a GPU"
+        )
     return parser
 
 
 def parsed(parser, **full):
     """The arguments; --full stands in for those that were not given. full: the experiment's own."""
     args = parser.parse_args()
-    if args.full:
+    if vars(args).get("full"):
         parser.set_defaults(data="cifar10", models=["deit_tiny", "swin_5m"], images=0, val_images=0)
         parser.set_defaults(passes=1, epochs=100, batch_size=128, seeds=5, **full)
         args = parser.parse_args()
@@ -283,8 +285,9 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     columns, left, above = columns or len(panels), 52, 40
     below = 34 + 4 * max(len(place) for _, places, _ in panels for place in places)
-    rows = math.ceil(len(panels) / columns)
-    size = f'viewBox="0 0 {width * columns} {30 + rows * (above + height + below)}"'
+    size = (
+        f'viewBox="0 0 {width * columns} {30 + math.ceil(len(panels) / columns) * (above + height + below)}"'
+    )
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
     out.append('<rect width="100%" height="100%" fill="white"/>')
     at = 14
@@ -324,7 +327,8 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
                 out.append(f'<polyline points="{line}" fill="none" stroke="{paint}" stroke-width="1.5"/>')
             for at, v, least, most in here:
                 if math.isfinite(least):
-                    bar = f'<path d="M{at:.1f} {y(least)}V{y(most)}" stroke="{paint}" stroke-width="2"/>'
-                    out.append(bar)
+                    out.append(
+                        f'<path d="M{at:.1f} {y(least)}V{y(most)}" stroke="{paint}" stroke-width="2"/>'
+                    )
                 out.append(f'<circle cx="{at:.1f}" cy="{y(v)}" r="3" fill="{paint}"/>')
     return "\n".join([*out, "</svg>\n"])

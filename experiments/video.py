@@ -147,7 +147,7 @@ def read(path):
 
 def made(args, seed):
     """The sets of a seed."""
-    parts = drawn(args.images, seed), drawn(args.val_images or 1000, "val")
+    parts = drawn(args.images, seed), drawn(args.val_images, "val")
     return data.Sets(*(TensorDataset(*part) for part in parts), DIRECTIONS, flip=False)
 
 
@@ -241,9 +241,13 @@ def draw(model, mixed, mask, s):
 
 
 def main():
-    parser = runs.arguments(__doc__, images=500, passes=10, epochs=6, batch_size=50)
-    parser.add_argument("--clips", help="folder of clips; without it they are drawn")
-    parser.add_argument("--mixes", type=int, default=500, help="mixed clips to look at [500]")
+    without = ("data", "root", "models", "full", "images", "val_images")
+    parser = runs.arguments(__doc__, without, passes=10, epochs=6, batch_size=50)
+    add, count = parser.add_argument, lambda t: script.number(t, int, 2)
+    add("--images", type=count, default=500, help="clips to train on, drawn by each seed [500]")
+    add("--val-images", type=count, default=1000, help="clips to validate on [1000]")
+    add("--mixes", type=count, default=500, help="mixed clips to look at [500]")
+    add("--clips", help="folder of clips to take instead")
     args = runs.parsed(parser)
     seeds = range(args.seeds)
     sets = [opened(args.clips)] * args.seeds if args.clips else [made(args, seed) for seed in seeds]

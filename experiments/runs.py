@@ -61,9 +61,7 @@ def arguments(doc, without=(), **defaults):
         text = f"{help} [{default}]" if default is not None else help
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text, **many)
     if "full" not in without:
-        parser.add_argument(
-            "--full", action="store_true", help="DeiT-T and a Swin, all of CIFAR-10: for a GPU"
-        )
+        parser.add_argument("--full", action="store_true", help="all of CIFAR-10 and more: for a GPU")
     return parser
 
 
@@ -285,9 +283,8 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     columns, left, above = columns or len(panels), 52, 40
     below = 34 + 4 * max(len(place) for _, places, _ in panels for place in places)
-    size = (
-        f'viewBox="0 0 {width * columns} {30 + math.ceil(len(panels) / columns) * (above + height + below)}"'
-    )
+    rows = math.ceil(len(panels) / columns)
+    size = f'viewBox="0 0 {width * columns} {30 + rows * (above + height + below)}"'
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
     out.append('<rect width="100%" height="100%" fill="white"/>')
     at = 14
@@ -327,8 +324,7 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
                 out.append(f'<polyline points="{line}" fill="none" stroke="{paint}" stroke-width="1.5"/>')
             for at, v, least, most in here:
                 if math.isfinite(least):
-                    out.append(
-                        f'<path d="M{at:.1f} {y(least)}V{y(most)}" stroke="{paint}" stroke-width="2"/>'
-                    )
+                    bar = f"M{at:.1f} {y(least)}V{y(most)}"
+                    out.append(f'<path d="{bar}" stroke="{paint}" stroke-width="2"/>')
                 out.append(f'<circle cx="{at:.1f}" cy="{y(v)}" r="3" fill="{paint}"/>')
     return "\n".join([*out, "</svg>\n"])

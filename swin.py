@@ -96,12 +96,16 @@ class WindowAttention(nn.Module):
         index = offset[..., 0] * (2 * window - 1) + offset[..., 1]
         self.register_buffer("relative_position_index", index, persistent=False)
 
-    def forward(self, x, labels=None, mask=None):
+    def project(self, x, mask=None):
+        """Queries, keys and values, (B, windows, h, n, d), and what is added to the scores, (1 or windows, h,
+        n, n). x: (B, windows, n, dim). mask: as `window_mask` gives it."""
         q, k, v = rearrange(self.qkv(x), "b w n (three h d) -> three b w h n d", three=3, h=self.heads)
         bias = self.relative_position_bias_table[self.relative_position_index]
         bias = rearrange(bias, "n m h -> 1 h n m")
-        if mask is not None:
-            bias = bias + mask.to(bias.dtype)  # (windows, h, n, n)
+        return q, k, v, bias if mask is None else bias + mask.to(bias.dtype)
+
+    def forward(self, x, labels=None, mask=None):
+        q, k, v, bias = self.project(x, mask)
         fused = x.is_cuda if self.fused is None else self.fused
         if not fused:
             attention = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
@@ -131,11 +135,8 @@ class Block(nn.Module):
 
     def forward(self, x, labels=None, keep=(1, 1)):
         """keep: what stochastic depth (Huang et al. 2016) multiplies the two branches with."""
-        size, window = x.shape[1:3], self.window
-        # A map of one window has nothing to shift to.
-        shift = tuple(window // 2 if self.shifted and side > window else 0 for side in size)
+        size, window, shift = x.shape[1:3], self.window, self.shift(x)
         mask = window_mask(size, window, shift, x.device)
-
         moved = to_windows(self.norm1(x), window, shift)
         labels = to_windows(labels, window, shift)
         moved, labels = self.attn(moved, labels, mask)  # tokens and labels move together
@@ -146,6 +147,10 @@ class Block(nn.Module):
         x = x + keep[1] * self.mlp(self.norm2(x))  # token by token: labels stay
         return x, labels
 
+    def shift(self, x):
+        """Of the windows of a map, in tokens; one of a single window has nothing to shift to."""
+        return tuple(self.window // 2 if self.shifted and n > self.window else 0 for n in x.shape[1:3])
+
 
 class PatchMerging(nn.Module):
     """Each 2 x 2 tokens become one of twice the width; its label is the mean of theirs."""
@@ -155,11 +160,15 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def forward(self, x, labels=None):
+    def gather(self, x):
+        """The channels of each 2 x 2 tokens beside each other: (B, H, W, C) to (B, H / 2, W / 2, 4 C)."""
         height, width = x.shape[1:3]
         if height % 2 or width % 2:
             x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        x = rearrange(x, "b (h dh) (w dw) c -> b h w (dw dh c)", dh=2, dw=2)
+        return rearrange(x, "b (h dh) (w dw) c -> b h w (dw dh c)", dh=2, dw=2)
+
+    def forward(self, x, labels=None):
+        x = self.gather(x)
         if labels is not None:  # ceil_mode: at an odd border, the mean of the tokens that are there
             labels = F.avg_pool2d(rearrange(labels, "b h w k -> b k h w"), 2, ceil_mode=True)
             labels = rearrange(labels, "b k h w -> b h w k")

@@ -4,8 +4,9 @@
     python experiments/compare.py --data cifar10 --images 100 --batch-size 50 --seeds 24     # hours
     python experiments/compare.py --full                                                     # on a GPU
 
-No mixing, Mixup, and CutMix with four targets: the area, TransMix (ViT only), TL-Align, and TL-Align with
-residuals weighed by their norms; each with the same model, schedule and seeds. A seed draws the images and
+No mixing, Mixup, and CutMix with these targets: the area, also with half of the images left whole; TransMix
+(ViT only); TL-Align, and TL-Align by norm and by parts, the rules of `weighing.py`. Each has the same model,
+schedule and seeds. A seed draws the images and
 sets the weights at the start, the order, the crops and the boxes alike for every method, so each method is
 held against the area target seed by seed: the table gives the mean difference with its 95 % interval over
 seeds, and how many seeds would tell a difference of half a point. Accuracy is that of the last epoch. Time

@@ -2,9 +2,6 @@
 
 Liu et al. 2022, arXiv 2201.03545. Parameters carry the official names, so Meta's files load as they are.
 
-    logits = convnext_tiny()(images)            # as any classifier
-    logits, aligned = model(images, labels)     # and the label that arrives where the head reads
-
 What mixes tokens here is a convolution of each channel by itself. Labels move by its kernel's absolute
 values, averaged over the channels, where an attention is averaged over heads: A is this one kernel at
 every place, its weights summing to one over the tokens that are there, and `Y = (Y + A @ Y) / 2`. Where
@@ -58,13 +55,14 @@ class Down(nn.Sequential):
         super().__init__(nn.LayerNorm(dim, eps=1e-6), nn.Conv2d(dim, 2 * dim, 2, 2))
 
     def forward(self, x, labels=None):
-        norm, conv = self
-        x = conv(norm(x).movedim(-1, 1)).movedim(1, -1)  # cuts off the border of an odd map
+        x = self[1](self[0](x).movedim(-1, 1)).movedim(1, -1)  # cuts off the border of an odd map
         return x, labels if labels is None else F.avg_pool2d(labels.movedim(-1, 1), 2).movedim(1, -1)
 
 
 class ConvNeXt(swin.Swin):
-    """A Swin's settings, methods and errors, but no windows. scale: of each branch, at the start."""
+    """A Swin but for windows: its methods and errors. Odd maps are rounded down. scale: a branch's."""
+
+    adapt = staticmethod(dict)  # a checkpoint fits as it is
 
     def __init__(
         self, img_size=224, patch_size=4, num_classes=1000, dim=96, depths=(3, 3), drop_path=0.0, scale=1e-6
@@ -81,25 +79,27 @@ class ConvNeXt(swin.Swin):
         self.stages = nn.ModuleList(map(blocks, dims, depths))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], num_classes)
-        if dim >= 96:  # as Meta's starts; narrow layers keep torch's own, as in `swin.py`
-            for name, p in self.named_parameters():
-                if p.dim() > 1:
-                    nn.init.trunc_normal_(p, std=0.02)
-                elif name.endswith("bias"):
-                    nn.init.zeros_(p)
+        for name, p in (
+            self.named_parameters() if dim >= 96 else ()
+        ):  # as Meta's; narrow ones start as torch's
+            if p.dim() > 1:
+                nn.init.trunc_normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
 
     def forward(self, images, labels=None, *, rand=None):
         """As a Swin's, but that the norm comes after the average."""
-        _, layers, maps = self._trunk(images, labels, rand)
-        logits = self.head(self.norm(maps[-1].mean((1, 2))))
+        x, layers, _ = self._trunk(images, labels, rand)
+        logits = self.head(self.norm(x.mean((1, 2))))
         return logits if labels is None else (logits, layers[-1].mean((1, 2)))
 
-    def adapt(self, state):
-        """A checkpoint fits as it is. state: a dict of tensors. Returns a new one."""
-        return dict(state)
+    def features(self, images, *, rand=None):
+        """As a Swin's."""
+        x, _, maps = self._trunk(images, None, rand)
+        return [m.movedim(-1, 1) for m in (*maps[:-1], self.norm(x))]
 
     def _trunk(self, images, labels, rand=None):
-        """The last map, normed for `features`; labels after each block; the maps at the end of each stage."""
+        """The last map, labels after each block, and the map at the end of each stage."""
         self._check(images, labels)
         stem, height = self.downsample_layers[0], images.shape[2] // self.patch_size
         x = stem[1](stem[0](images).movedim(1, -1))
@@ -112,7 +112,7 @@ class ConvNeXt(swin.Swin):
                 x, y = block(x, y, next(keep)[0])
                 layers.append(y)
             maps.append(x)
-        return self.norm(x), layers, maps
+        return x, layers, maps
 
 
 def convnext_tiny(**kwargs):

@@ -7,12 +7,12 @@
 Other flags are those of train.py, such as --batch-size, --device and --no-compile.
 
 Four ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
-labels as this project moves them, one share a token, the rule by parts of `weighing.py`, and dense labels,
-(B, N, 1000), as the authors' code does. A ratio is taken within a round, so that a machine that is busy slows
-both; the table has the median of the rounds and half of its 95 % interval, by bootstrap. "area" is the step
-with the area target beside that of the first form, the others are beside the area of their own form. TFLOP/s
-are those of the area step, three times its forward pass; in brackets as a share of what a large matrix
-product reaches, timed in turn as well. Forms:
+labels as this project moves them, one share a token, the rule by parts of `weighing.py` on top of that, and
+dense labels, (B, N, 1000), as the authors' code does. A ratio is taken within a round, so that a machine that
+is busy slows both; the table has the median of the rounds and half of its 95 % interval, by bootstrap. "area"
+is the step with the area target beside that of the first form, others are beside the area of their own form.
+TFLOP/s are those of the area step, three times its forward pass; in brackets as a share of what a large
+matrix product reaches, timed in turn as well. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
@@ -27,8 +27,7 @@ share of the model's, by count: with N tokens, h heads of d channels and K numbe
     explicit   h N² + 2 N² K      the mean over heads, and A @ Y
     others     2 h N² (d + w)     the scores again, and values w wide: K, padded as said above
 
-with N for N² in a ViT's last layer, which computes the class token alone, and no more memory than a few N x N
-matrices, for nothing of it is kept for the backward pass.
+with N for N² in a ViT's last layer, which computes the class token alone. The backward pass needs none of it.
 """
 
 import argparse
@@ -55,7 +54,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import runs
-import swin  # these three on the path that `runs` has set
+import swin  # these three on the path that `models` has set
 import tl_align
 import vit
 import weighing
@@ -301,7 +300,8 @@ def measure(s, args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--full", action="store_true", help="all models, sizes and forms")
-    parser.add_argument("--models", nargs="+", default=["deit_small", "swin_tiny"])
+    names = [make.__name__ for make in script.VITS + script.SWINS]
+    parser.add_argument("--models", nargs="+", default=["deit_small", "swin_tiny"], choices=names)
     parser.add_argument("--sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--forms", nargs="+", default=["explicit", "fused"], choices=WIDTHS)
     parser.add_argument("--ways", nargs="+", default=[*WAYS], choices=WAYS)

@@ -245,6 +245,8 @@ def arguments(doc):
 def parsed(parser):
     """The arguments, after this process has joined torchrun's, if it started this one."""
     args = runs.parsed(parser)
+    if any(name.startswith("mixer") for name in args.models):
+        raise data.Ended("a Mixer takes images of one size: --models takes a ViT, a Swin or a ConvNeXt here")
     if args.data != "shapes":
         if not args.checkpoints:
             raise data.Ended(f"--data {args.data} asks for --checkpoints FILE ..., backbones to start from")
@@ -308,9 +310,7 @@ def compare(args, name, tune, sets, recipe, measures):
             mean, half = runs.interval([r[first] for r in results])
             points.append((mean, mean - half, mean + half))
         panels.append((model, [*ways], {"mean over seeds and its 95 % interval": points}))
-    text = (
-        f"\n{s.steps} steps of {s.batch_size} of {len(sets.train)} images; {len(sets.val)} to validate on; "
-    )
+    text = f"\n{s.steps} steps of {s.batch_size} of {len(sets.train)} images; {len(sets.val)} to validate; "
     text += f"seeds 0 to {args.seeds - 1}, ± is half the 95 % interval over them.\n"
     text = runs.table(head, rows) + text
     return text, runs.chart(panels, measures[first], joined=False), tuned

@@ -49,7 +49,9 @@ class Block(nn.Module):
     @torch.no_grad()
     def matrix(self):
         """How much of token j may end in token i, (N, N); rows sum to one."""
-        a = self.mlp_tokens.fc2.weight.abs() @ self.mlp_tokens.fc1.weight.abs()
+        w1, w2 = self.mlp_tokens.fc1.weight.abs(), self.mlp_tokens.fc2.weight.abs()
+        with torch.autocast(w1.device.type, enabled=False):  # in bf16 they would not
+            a = w2 @ w1
         return a / a.sum(-1, keepdim=True)
 
 
@@ -67,7 +69,7 @@ class Mixer(vit.ViT):
         self.blocks = nn.ModuleList(Block(dim, (img_size // patch_size) ** 2) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
-        if dim > 128:  # as timm's starts; narrow layers keep torch's own, as in `vit.py`
+        if dim > 128:  # as timm's starts, but for the stem; narrow layers keep torch's own, as in `vit.py`
             for name, p in self.blocks.named_parameters():
                 if "mlp" in name:
                     nn.init.xavier_uniform_(p) if p.dim() == 2 else nn.init.normal_(p, std=1e-6)

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from einops import rearrange
 
 import runs
-import tl_align  # on the path that `runs` has set
+import tl_align  # on the path that `models` has set
 import weighing
 from runs import data
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torchvision.utils import draw_bounding_boxes, save_image
 
 import runs
-import tl_align  # on the path that `runs` has set
+import tl_align  # on the path that `models` has set
+import weighing
 from runs import data, script
 
 ROWS, LAYERS = 5, 7  # at most so many layers
@@ -41,7 +42,9 @@ def draw(model, sets, s):
     at = data.uniform((len(images), 3), "picture") * 0.5 + 0.25  # boxes of middling size, not at the border
     mask = tl_align.cutmix_mask(at, images.shape[-2:], s.patch_size)
     mixed, labels = tl_align.mix(images, mask), tl_align.token_labels(mask, s.patch_size)
-    layers = model.layer_labels(data.normalize(mixed).to(s.device), labels.to(s.device))
+    given = data.normalize(mixed).to(s.device), labels.to(s.device)
+    layers = model.layer_labels(*given)
+    layers[-1] = layers[-1][0], model(*given)[1]  # which is the target by any rule
 
     last = len(layers) - 1
     columns = [("mixed image", mixed, None), ("pasted area", paint(mask), mask.mean((1, 2, 3)))]
@@ -74,8 +77,11 @@ def main():
     s = script.parse(["--eval", args.checkpoint, *more])
     sets = data.open_sets(s.data, s.root, s.seed)
     script.recipe(s, data.native_size(sets.train), len(sets.train))
+    model, saved = runs.model_of(s, sets), script.read_checkpoint(args.checkpoint)
+    if rule := saved.get("settings", {}).get("residual"):
+        weighing.weigh(model, rule)
     out = args.out or Path(args.checkpoint).with_name("alignment.png")
-    script.write_beside(out, draw(runs.model_of(s, sets), sets, s))
+    script.write_beside(out, draw(model, sets, s))
     print(f"{out}: {ROWS} mixed images of {s.data}, and their labels layer by layer")
 
 

@@ -27,7 +27,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 import mixing_ratio
 import runs
-import tl_align  # on the path that `runs` has set
+import tl_align  # on the path that `models` has set
 import weighing
 from runs import data
 
@@ -84,12 +84,15 @@ def main():
     models = ["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"]
     parser = runs.arguments(__doc__, models=models)
     parser.add_argument("--mixes", type=int, default=600, help="mixed images to look at [600]")
-    parser.add_argument("--sources", type=int, default=2, help="images in a mix [2]")
+    few = lambda t: runs.script.number(t, int, 2, 6)
+    parser.add_argument("--sources", type=few, default=2, help="images in a mix, at most 5 [2]")
     args = runs.parsed(parser)
     sets = runs.open_part(args)
-    n = min(args.mixes, len(sets.val)) // max(2, args.sources) * args.sources
-    if args.sources < 2 or n < args.sources * (OTHERS + 1):
-        raise data.Ended(f"--sources must be from 2 to a fifth of the images, got {args.sources}")
+    n = min(args.mixes, len(sets.val)) // args.sources * args.sources
+    if n < (least := args.sources * (OTHERS + 1)):
+        raise data.Ended(
+            f"{n} mixes are too few, of --mixes {args.mixes} and {len(sets.val)} images: {least}"
+        )
     trained = {
         model: [runs.settings(args, sets, model, "area", seed) for seed in range(args.seeds)]
         for model in args.models

@@ -57,7 +57,8 @@ def arguments(doc, without=(), **defaults):
     for name, (default, help) in ((k, v) for k, v in options.items() if k not in without):
         default = defaults.get(name, default)
         many = {"nargs": "+"} if isinstance(default, list) else {}
-        kind = str if isinstance(default, (str, list)) else int
+        low = int(name in ("passes", "epochs", "seeds"))
+        kind = str if isinstance(default, (str, list)) else lambda t, low=low: script.number(t, int, low)
         text = f"{help} [{default}]" if default is not None else help
         parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text, **many)
     if "full" not in without:
@@ -281,13 +282,12 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
     (y, low, high) or None for each place. label: of the y axis. joined: whether lines join the points."""
     names = list(dict.fromkeys(name for _, _, series in panels for name in series))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-    columns, left, above = columns or len(panels), 52, 40
+    columns, left, above, at = columns or len(panels), 52, 40, 14
     below = 34 + 4 * max(len(place) for _, places, _ in panels for place in places)
     rows = math.ceil(len(panels) / columns)
     size = f'viewBox="0 0 {width * columns} {30 + rows * (above + height + below)}"'
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
     out.append('<rect width="100%" height="100%" fill="white"/>')
-    at = 14
     for name in names:
         out.append(f'<circle cx="{at}" cy="16" r="4" fill="{colour[name]}"/>')
         out.append(f'<text x="{at + 8}" y="20">{escape(name)}</text>')

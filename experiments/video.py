@@ -35,7 +35,7 @@ import mixing_ratio
 import picture
 import rules
 import runs
-import tl_align  # on the path that `runs` has set
+import tl_align  # on the path that `models` has set
 import vit
 from runs import data, script
 
@@ -45,8 +45,11 @@ TRAINED = ("no mixing", "area", "TL-Align")
 
 
 class VideoViT(vit.ViT):
-    """A ViT of clips (B, frames, 3, img_size, img_size); labels are (B, N, K), of each tubelet, frames first.
-    Settings, methods and errors are a ViT's; tubelet is the number of frames in one."""
+    """A ViT of clips (B, frames, 3, img_size, img_size); labels are (B, N, K), of each tubelet, times first.
+    tubelet: the frames in one. Other settings, methods and errors are a ViT's, but it has no features."""
+
+    features = None
+    adapt = staticmethod(dict)  # a checkpoint fits as it is
 
     def __init__(self, img_size=SIDE, patch_size=8, frames=FRAMES, tubelet=TUBELET, **kwargs):
         super().__init__(img_size, patch_size, **kwargs)
@@ -61,14 +64,11 @@ class VideoViT(vit.ViT):
 
     def layer_labels(self, clips, labels):
         """As a ViT's, the tubelets' labels (B, times, H, W, K)."""
+        self._check(clips, labels)
         side, extra = self.img_size // self.patch_size, self.pool == "cls"
         _, layers, _ = self._trunk(clips, labels)
         tubelets = lambda y: rearrange(y[:, extra:], "b (t h w) k -> b t h w k", h=side, w=side)
         return [(tubelets(y), self._read(y)) for y in layers]
-
-    def adapt(self, state):
-        """A checkpoint fits as it is. state: a dict of tensors. Returns a new one."""
-        return dict(state)
 
     def _check(self, clips, labels):
         size = (self.frames, 3, self.img_size, self.img_size)
@@ -158,10 +158,15 @@ def opened(folder):
     except OSError as e:  # no such folder, none in it, or one without clips
         reason = str(e).split("] ")[-1]
         raise data.Ended(f"{reason}; --clips takes a folder of train/CLASS/*.pt and val/CLASS/*.pt") from e
+    if min(map(len, found)) < 2:
+        raise data.Ended(f"{folder}/train and val must hold two clips or more")
     if found[0].classes != found[1].classes:
         raise data.Ended(f"the classes of {folder}/train and val differ")
-    columns = [[*zip(*part)] for part in found]
-    parts = [TensorDataset(torch.stack(clips), torch.tensor(targets)) for clips, targets in columns]
+    parts = []
+    for part in found:
+        order = torch.randperm(len(part), generator=data.generator("chosen")).tolist()  # it has them by class
+        clips, targets = zip(*(part[i] for i in order))
+        parts.append(TensorDataset(torch.stack(clips), torch.tensor(targets)))
     return data.Sets(*parts, found[0].classes, flip=False)
 
 
@@ -177,6 +182,7 @@ def settings(args, sets, method, seed):
     }
     vars(s).update(model="video_micro", passes=args.passes, **few, **runs.METHODS[method])
     folder = f"{Path(args.clips or 'built-in').name}-video-{n}x{args.passes}x{args.epochs}-b{args.batch_size}"
+    folder += f"-val{len(sets.val)}"
     s.out = f"{args.runs}/{folder}/{method.lower().replace(' ', '-')}-{seed}"
     script.check(script.recipe(s, SIDE, n * args.passes), n * args.passes, 1)
     return s
@@ -229,7 +235,7 @@ def draw(model, mixed, mask, s):
     tokens, read = model.layer_labels(mixed, token_labels(mask, s.patch_size))[-1]
     mean, std, _ = data.constants(1, mixed.device)
     frames, cells = ((mixed * std + mean) * 255).clamp(0, 255), []
-    for k in range(0, 6, 2):
+    for k in range(0, min(6, len(mask)), 2):
         area, aligned = mask[k].mean().item(), read[k].item()
         strips = {
             "mixed": frames[k, ::TUBELET],

@@ -9,7 +9,8 @@ attention's weight to tell how much a token brings. Two rules that measure it in
 The branch is what a layer adds to a token, x the token that it is added to. M is what the layer does to its
 tokens, linear in them once its own activations are held fixed: of an attention W_o A W_v, of a Mixer's token
 MLP W2 diag(gelu(h) / h) W1, of a depthwise convolution its kernel. So part_k is what source k brings to a
-token, and its norm tells how much that is. Where tokens are merged or pooled nothing is skipped, and Y = P.
+token, and its norm tells how much that is; biases are no source's, but for that of an attention's values,
+which moves with them. Where tokens are merged or pooled nothing is skipped, and Y = P.
 
 A token is not zero where an image shows nothing, so from all of these a reference can be taken away first:
 the same token of a blank image, or its mean over the batch. No rule here is part of the published method.
@@ -47,18 +48,14 @@ def by_attention(block, x, less, rows=None):
 
 
 def by_windows(block, x, less):
-    size, window, attn = x.shape[1:3], block.window, block.attn
-    shift = tuple(window // 2 if block.shifted and side > window else 0 for side in size)
+    size, window, shift = x.shape[1:3], block.window, block.shift(x)
     mask = swin.window_mask(size, window, shift, x.device)
-    qkv = attn.qkv(swin.to_windows(block.norm1(x), window, shift))
-    q, k, v = rearrange(qkv, "b w n (three h d) -> three b w h n d", three=3, h=attn.heads)
-    bias = rearrange(attn.relative_position_bias_table[attn.relative_position_index], "n m h -> h n m")
-    bias = bias if mask is None else bias + mask
+    q, k, v, bias = block.attn.project(swin.to_windows(block.norm1(x), window, shift), mask)
     attention, v = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1), less(v)
 
     def part(y):
         moved = attention @ (v * swin.to_windows(y, window, shift)[:, :, None])
-        moved = F.linear(rearrange(moved, "b w h n d -> b w n (h d)"), attn.proj.weight)
+        moved = F.linear(rearrange(moved, "b w h n d -> b w n (h d)"), block.attn.proj.weight)
         return swin.from_windows(moved, window, shift, size)
 
     return part
@@ -77,10 +74,8 @@ def by_kernel(block, x, less):
 
 
 def by_merging(merging, x, less):
-    pad = lambda t: F.pad(t, (0, 0, 0, x.shape[2] % 2, 0, x.shape[1] % 2))
-    gather = lambda t: rearrange(pad(t), "b (h dh) (w dw) c -> b h w (dw dh c)", dh=2, dw=2)
-    z = less(merging.norm(gather(x)))
-    return lambda y: merging.reduction(z * gather(y.expand(x.shape)))
+    z = less(merging.norm(merging.gather(x)))
+    return lambda y: merging.reduction(z * merging.gather(y.expand(x.shape)))
 
 
 def by_strides(down, x, less):
@@ -100,16 +95,17 @@ MIX = {vit.Block: by_attention, swin.Block: by_windows, mixer.Block: by_token_ml
 SHRINK = {swin.PatchMerging: by_merging, convnext.Down: by_strides}
 
 
-def size(t, like):
-    return torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=like.dtype)
+def norm(t, labels):
+    return torch.linalg.vector_norm(t, dim=-1, keepdim=True, dtype=labels.dtype)
 
 
-def arrived(part, labels):
-    """P, (B, ..., K), of labels (B, ..., K) whose tokens `part` moves. Where K is one, the rest is another
-    source's."""
+def arrived(part, labels, otherwise):
+    """P, (B, ..., K), of labels (B, ..., K) whose tokens `part` moves; otherwise: what it is where nothing
+    moves. Where K is one, the rest is another source's."""
     sources = [*labels.split(1, dim=-1)] + [1 - labels] * (labels.shape[-1] == 1)
-    sizes = torch.cat([size(part(y), labels) for y in sources], dim=-1)
-    return F.normalize(sizes, p=1, dim=-1)[..., : labels.shape[-1]]
+    norms = torch.cat([norm(part(y), labels) for y in sources], dim=-1)
+    shares = F.normalize(norms, p=1, dim=-1)[..., : labels.shape[-1]]
+    return torch.where(norms.sum(-1, keepdim=True) > 1e-12, shares, otherwise)
 
 
 # --- In the place of a model's own rule.
@@ -117,33 +113,38 @@ def arrived(part, labels):
 
 def weigh(model, rule="parts", reference=None, merged=True):
     """Have a model's labels follow a rule, "norm" or "parts", less a reference: None, "blank" or "batch".
-    merged: by parts also where tokens are merged and pooled, and not by the mean of labels. Returns the
-    handles of the hooks that it takes."""
+    merged: by parts also where tokens are merged and pooled, and not by the mean of labels. `layer_labels`
+    follows it in the layers, without a blank, and pools as ever. Returns the handles of the hooks that it
+    takes. Raises ValueError for another rule or reference."""
+    if rule not in ("norm", "parts") or reference not in LESS:
+        raise ValueError(
+            f'no such rule: {rule!r} less {reference!r}; "norm" or "parts" less one of {[*LESS]}'
+        )
     less, merged = LESS[reference], merged and rule == "parts"
     blocks = lambda model: [m for m in model.modules() if type(m) in MIX]
 
-    def keep(norm, args):
-        norm.given = args[0].detach()  # the token and what the layer added
+    def note(norm2, args):
+        norm2.given = args[0].detach()  # the token and what the layer added
 
     @torch.no_grad()
     def mixed(block, args, output):
         x, labels, _, *rows = args
+        after = vars(block.norm2).pop("given") if hasattr(block, "norm2") else output[0]
         if labels is None:
             return None
         out, aligned = output
         here, old = (t[:, : aligned.shape[1]] for t in (x, labels))  # a ViT's last block gives one row alone
-        branch = (block.norm2.given if hasattr(block, "norm2") else out) - here
-        added, kept = size(less(branch), labels), size(less(here), labels)
+        added, kept = norm(less(after - here), labels), norm(less(here), labels)
+        new = 2 * aligned - old  # `align` went half of the way
         if rule == "parts":
-            new = arrived(MIX[type(block)](block, x, less, *rows), labels)
-        else:
-            new = 2 * aligned - old  # `align` went half of the way
+            new = arrived(MIX[type(block)](block, x, less, *rows), labels, new)
         return out, torch.lerp(old, new, added / (added + kept).clamp(min=1e-12))
 
     @torch.no_grad()
     def shrunk(layer, args, output):
         x, labels = args
-        return labels if labels is None else (output[0], arrived(SHRINK[type(layer)](layer, x, less), labels))
+        if labels is not None:
+            return output[0], arrived(SHRINK[type(layer)](layer, x, less), labels, output[1])
 
     def last(block, args, output):
         block.left = output[0].detach(), output[1]
@@ -155,20 +156,23 @@ def weigh(model, rule="parts", reference=None, merged=True):
         logits, aligned = output
         if merged and getattr(model, "pool", "avg") == "avg":
             with torch.no_grad():
-                aligned = arrived(by_pooling(model, x, less), labels)
+                aligned = arrived(by_pooling(model, x, less), labels, aligned)
         images = len(aligned) - (reference == "blank")
         return logits[:images], aligned[:images]
 
-    def add_blank(model, args):
-        if len(args) > 1:  # there are labels; zero is the mean colour
-            return tuple(F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1)) for t in args)
+    def add_blank(model, args, kwargs):
+        images, labels = (*args, kwargs.get("labels"))[:2]
+        if labels is not None:  # zero is the mean colour; of the blank, drop path drops nothing
+            more = lambda t, value=0: F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1), value=value)
+            rand = {} if kwargs.get("rand") is None else {"rand": more(kwargs["rand"], 1)}
+            return (more(images), more(labels)), rand
 
     pre, post = torch.nn.Module.register_forward_pre_hook, torch.nn.Module.register_forward_hook
-    handles = [pre(b.norm2, keep) for b in blocks(model) if hasattr(b, "norm2")]
+    handles = [pre(b.norm2, note) for b in blocks(model) if hasattr(b, "norm2")]
     handles += [post(b, mixed) for b in blocks(model)]
     handles += [post(m, shrunk) for m in model.modules() if merged and type(m) in SHRINK]
     handles += [post(blocks(model)[-1], last), post(model, read)]
-    return [*handles, pre(model, add_blank)] if reference == "blank" else handles
+    return [*handles, pre(model, add_blank, with_kwargs=True)] if reference == "blank" else handles
 
 
 @contextlib.contextmanager

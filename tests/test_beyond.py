@@ -1,17 +1,22 @@
 """Mixer, ConvNeXt and video, and rules that weigh what is moved, against independent references."""
 
+import contextlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torchvision.io import decode_image
 
 import convnext
 import data
 import mixer
 import rules
+import runs
 import swin
+import train as script
 import video
 import vit
 import weighing
@@ -125,6 +130,42 @@ def test_parameter_counts_are_the_published_ones(make, count):
 
 
 @torch.no_grad()
+def test_convnext_equals_torchvisions_by_metas_names():
+    ours, theirs = (
+        convnext.convnext_tiny(num_classes=7).eval(),
+        torchvision.models.convnext_tiny(num_classes=7),
+    )
+    for p in ours.parameters():
+        p.add_(torch.randn(p.shape) / 20)
+    inside = {"0": "dwconv", "2": "norm", "3": "pwconv1", "5": "pwconv2", "layer_scale": "gamma"}
+    state = {}
+    for name, tensor in theirs.state_dict().items():
+        part, *place, kind = name.split(".")
+        if part == "classifier":
+            mine = f"{'norm' if place == ['0'] else 'head'}.{kind}"
+        elif "block" in place:
+            mine = f"stages.{int(place[0]) // 2}.{place[1]}.{inside[place[3]]}.{kind}"
+        elif kind == "layer_scale":
+            mine = f"stages.{int(place[0]) // 2}.{place[1]}.gamma"
+        else:
+            mine = f"downsample_layers.{int(place[0]) // 2}.{place[1]}.{kind}"
+        state[name] = ours.state_dict()[mine].reshape(tensor.shape)
+    assert len(state) == len(ours.state_dict())
+    theirs.load_state_dict(state)
+    images = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(ours(images), theirs.eval()(images))
+    sizes = [tuple(m.shape[1:]) for m in ours.features(torch.randn(1, 3, 36, 64))]
+    assert sizes == [(96, 9, 16), (192, 4, 8), (384, 2, 4), (768, 1, 2)]
+
+
+def test_mixers_names_are_timms():
+    linear = lambda name: [f"{name}.weight", f"{name}.bias"]
+    layers = ["norm1", "mlp_tokens.fc1", "mlp_tokens.fc2", "norm2", "mlp_channels.fc1", "mlp_channels.fc2"]
+    names = ["stem.proj", *(f"blocks.{i}.{layer}" for i in range(4) for layer in layers), "norm", "head"]
+    assert [*mixer.mixer_micro().state_dict()] == sum(map(linear, names), [])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["mixer_s16_224", "convnext_tiny"])
 def test_logits_equal_timms(name):
     timm, size = pytest.importorskip("timm"), {"img_size": 64} if name.startswith("mixer") else {}
@@ -138,6 +179,22 @@ def test_logits_equal_timms(name):
     theirs.load_state_dict(state)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images))
+
+
+@torch.no_grad()
+def test_drop_path_drops_branches_and_labels_keep_their_sum_under_bf16(new):
+    model, images, labels = new
+    model = model.float().train()
+    model.drop_path, images, labels = 0.5, images.float(), labels.float()
+    drop = model(images, rand=torch.zeros(2, model.depth, 2))  # all but the first block's, whose rate is 0
+    for block in [m for m in model.modules() if isinstance(m, BLOCKS)][1:]:
+        for p in block.parameters():
+            p.add_(1)
+    assert torch.equal(drop, model(images, rand=torch.zeros(2, model.depth, 2)))
+    assert not torch.equal(drop, model(images, rand=torch.ones(2, model.depth, 2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = model(images, torch.ones_like(labels))[1]
+    torch.testing.assert_close(whole, torch.ones_like(whole), atol=1e-6, rtol=0)
 
 
 def test_shapes_that_do_not_fit_are_named(new):
@@ -264,6 +321,67 @@ def test_a_rule_changes_no_gradient(name):
         torch.testing.assert_close(a, b)
 
 
+@torch.no_grad()
+def test_a_blank_image_is_no_image_of_the_batch_and_where_nothing_moves_labels_are_as_before():
+    model, images, labels = setting("mixer")
+    rand = torch.rand(2, model.depth, 2).double()
+    with weighing.by(model, "parts", "blank"):
+        first = model(images, labels=labels)
+        assert torch.equal(first[1], model(images, labels, rand=rand)[1]) and len(first[0]) == 2
+        assert len(model(images)) == 2 and len(model(images, None)) == 2
+    model.head.weight.zero_()
+    both = torch.cat([1 - labels, labels], dim=-1)
+    with weighing.by(model, "parts"):
+        torch.testing.assert_close(model(images, both)[1].sum(1), torch.ones(2).double())
+    assert not [m for m in model.modules() if {"given", "left"} & vars(m).keys()]  # nothing is left behind
+    with pytest.raises(ValueError, match='no such rule: \'part\' less None; "norm" or "parts"'):
+        weighing.weigh(model, "part")
+
+
+def test_a_run_by_parts_is_trained_on_what_the_rule_says():
+    torch.manual_seed(0)
+    images, labels, said = torch.randn(2, 3, 32, 32), torch.rand(2, 64, 1), []
+    for method in ("TL-Align", "TL-Align, norm", "TL-Align, parts"):
+        s = script.parse([])
+        vars(s).update(runs.METHODS[method])
+        torch.manual_seed(0)
+        said.append(script.build(script.recipe(s, 32, 1000), 10)(images, labels)[1])
+    torch.manual_seed(0)
+    model = vit.vit_micro(num_classes=10)
+    for mine, rule in zip(said[1:], ("norm", "parts")):
+        with weighing.by(model, rule):
+            assert torch.equal(mine, model(images, labels)[1])
+    assert not torch.equal(said[0], said[1]) and not torch.equal(said[1], said[2])
+
+
+# --- What they are held against.
+
+
+class Mean(torch.nn.Module):
+    """Answers with the mean of all pixels: what each source is worth is known."""
+
+    def forward(self, images, labels=None):
+        logits = images.mean((2, 3))
+        return logits if labels is None else (logits, labels.mean(1))
+
+
+@torch.no_grad()
+def test_the_other_images_of_a_truth_are_of_no_mix(monkeypatch):
+    monkeypatch.setattr(rules, "RULES", {"TL-Align": contextlib.nullcontext})
+    s = SimpleNamespace(model="swin_micro", patch_size=4, img_size=32, device="cpu")
+    images = torch.zeros(10, 3, 32, 32)
+    images[0], images[1] = 1, 3  # all other mixes are of nothing
+    mixed, owners, labels = rules.mixes(images, s, 2)
+    (said, true), area = rules.look(Mean(), images, mixed, owners, labels, s), owners[0, 1].mean()
+    assert 0 < area < 1
+    torch.testing.assert_close(said["area"][0], area)
+    torch.testing.assert_close(said["TL-Align"][0], area)
+    torch.testing.assert_close(true["others"][0], 3 * area / (3 * area + (1 - area)))
+    low = 0.4  # the mean of all, in place of a source
+    expected = (3 - low) * area / ((3 - low) * area + (1 - low) * (1 - area))
+    torch.testing.assert_close(true["mean patch"][0], expected)
+
+
 # --- Video.
 
 
@@ -315,6 +433,26 @@ def test_a_built_in_clip_moves_in_the_direction_that_is_its_class():
                 moved = (clip[1:] == clip[:-1].roll(by, (2, 3))).all(1)
                 fits[by] = moved[~still].double().mean()
             assert max(fits, key=fits.get) == moves[name]
+
+
+def test_the_loss_of_mixed_clips_is_that_of_their_shares():
+    torch.manual_seed(0)
+    model, clips, targets = (
+        video.video_micro(num_classes=3),
+        torch.randn(2, 8, 3, 32, 32),
+        torch.tensor([0, 2]),
+    )
+    rand = torch.rand(2, 3 + 2 * model.depth)
+    mask = video.cutmix_mask(rand[:, :4], (8, 32, 32), 8)
+    mixed, labels = torch.where(mask > 0, clips.flip(0), clips), video.token_labels(mask, 8)
+    logits, aligned = model(mixed, labels)
+    one_hot = F.one_hot(targets, 3).float()
+    for label, share in (("area", mask.mean((1, 2, 3, 4))[:, None]), ("tl_align", aligned)):
+        target = (1 - share) * one_hot + share * one_hot.flip(0)
+        expected = F.cross_entropy(logits, target, label_smoothing=0.1)
+        torch.testing.assert_close(video.loss(model, clips, targets, rand, 8, "cutmix", label, 0.1), expected)
+    plain = F.cross_entropy(model(clips), targets)
+    torch.testing.assert_close(video.loss(model, clips, targets, rand, 8, "none", "area", 0.0), plain)
 
 
 def test_video_trains_on_its_own_clips_and_on_a_folder_of_them(here, tmp_path):

@@ -85,6 +85,9 @@ def test_picture_of_a_checkpoint(tmp_path, folder, model, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["picture.py", str(path), "--out", str(tmp_path / "other" / "it.png")])
     picture.main()
     assert (tmp_path / "other" / "it.png").read_bytes() == drawn.read_bytes()
+    torch.save(torch.load(path) | {"settings": vars(s) | {"residual": "parts"}}, path)  # of compare.py
+    picture.main()
+    assert (tmp_path / "other" / "it.png").read_bytes() != drawn.read_bytes()
 
 
 def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_path, folder):

@@ -7,12 +7,12 @@
 Models trained with the area target are shown mixes of validation images. For the share of the (first) pasted
 image each rule has a number: the area, TransMix (ViT only), the paper's half, and the rules of `weighing.py`:
 residuals weighed by norm; parts, where tokens mix alone or also where they are merged and pooled; and
-parts less a reference, the mean over the batch or a blank image.
+parts less a reference, the mean over the batch or a blank image, the mean patch all over.
 
 The truth is the influence of `mixing_ratio.py`. It takes a source away by putting something in the place of
 its patches, and what that should be nobody can say. So there are three:
 
-    mean patch   the mean patch all over, as there
+    mean patch   that image, as there
     blurred      the mix itself, blurred until no object is left
     others       other validation images, four of them, over which the logits are averaged
 
@@ -31,13 +31,13 @@ import tl_align  # on the path that `models` has set
 import weighing
 from runs import data
 
-RULES = {
-    "TL-Align": contextlib.nullcontext,
-    "norm": lambda model: weighing.by(model, "norm"),
-    "parts where tokens mix": lambda model: weighing.by(model, "parts", merged=False),
-    "parts": lambda model: weighing.by(model, "parts"),
-    "parts less the batch": lambda model: weighing.by(model, "parts", "batch"),
-    "parts less a blank": lambda model: weighing.by(model, "parts", "blank"),
+RULES = {  # of a model and the mean patch
+    "TL-Align": lambda model, mean: contextlib.nullcontext(),
+    "norm": lambda model, mean: weighing.by(model, "norm"),
+    "parts where tokens mix": lambda model, mean: weighing.by(model, "parts", merged=False),
+    "parts": lambda model, mean: weighing.by(model, "parts"),
+    "parts less the batch": lambda model, mean: weighing.by(model, "parts", "batch"),
+    "parts less the mean patch": lambda model, mean: weighing.by(model, "parts", mean),
 }
 OTHERS = 4
 
@@ -58,8 +58,9 @@ def look(model, images, mixed, owners, labels, s):
     group, said, true = owners.shape[1], {}, {}
     blurred = gaussian_blur(mixed, kernel_size=s.img_size // 2 * 2 - 1, sigma=s.img_size / 4)
     far = len(images) // group // (OTHERS + 1) * group  # so that none is an image of the mix
+    mean = mixing_ratio.mean_patch(images, s)
     instead = {
-        "mean patch": [mixing_ratio.mean_patch(images, s).expand(images.shape)],
+        "mean patch": [mean.expand(images.shape)],
         "blurred": [blurred],
         "others": [images.roll(far * k, 0) for k in range(1, OTHERS + 1)],
     }
@@ -70,7 +71,7 @@ def look(model, images, mixed, owners, labels, s):
         if runs.has_class_token(s.model):
             found["TransMix"] = tl_align.transmix(y, model(x, looks=True)[1])
         for name, rule in RULES.items():
-            with rule(model):
+            with rule(model, mean):
                 found[name] = model(x, y)[1]
         for name, shares in found.items():
             said.setdefault(name, []).append(shares[:, 1].cpu())

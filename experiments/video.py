@@ -224,7 +224,7 @@ def look(model, mixed, mask, mean, s):
     labels = token_labels(mask, s.patch_size)
     said = {"area": labels.mean(1)[:, 0]}
     for name in ("TL-Align", "norm", "parts"):
-        with rules.RULES[name](model):
+        with rules.RULES[name](model, mean):
             said[name] = model(mixed, labels)[1][:, 0]
     true = mixing_ratio.influence(model, mixed, torch.stack([1 - mask, mask], dim=1), [mean])[:, 1]
     return {name: share.cpu() for name, share in said.items()}, true.cpu()

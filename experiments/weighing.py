@@ -30,11 +30,11 @@ import mixer  # noqa: E402
 import swin  # noqa: E402
 import vit  # noqa: E402
 
-# What a reference leaves of tokens (B, ..., dim); "blank" of a batch whose last image is the blank one.
+# What a reference leaves of tokens (B, ..., dim); "last" is the last image of the batch.
 LESS = {
     None: lambda t: t,
-    "blank": lambda t: t - t[-1:],
     "batch": lambda t: t - t.mean(0, keepdim=True),
+    "last": lambda t: t - t[-1:],
 }
 
 # --- M, of each kind of layer: of the layer and its tokens a function of Y_k, (B, ..., 1), that gives part_k.
@@ -112,14 +112,13 @@ def arrived(part, labels, otherwise):
 
 
 def weigh(model, rule="parts", reference=None, merged=True):
-    """Have a model's labels follow a rule, "norm" or "parts", less a reference: None, "blank" or "batch".
-    merged: by parts also where tokens are merged and pooled, and not by the mean of labels. `layer_labels`
-    follows it in the layers, without a blank, and pools as ever. Returns the handles of the hooks that it
-    takes. Raises ValueError for another rule or reference."""
+    """Have a model's labels follow a rule, "norm" or "parts", less a reference: None, "batch" (its mean) or
+    an image (1, 3, H, W). merged: by parts also where tokens are merged and pooled, and not by the mean of
+    labels. `layer_labels` follows it in the layers, but for such an image, and pools as ever. Returns the
+    handles of the hooks that it takes. Raises ValueError for another rule or reference."""
+    image, reference = (reference, "last") if torch.is_tensor(reference) else (None, reference)
     if rule not in ("norm", "parts") or reference not in LESS:
-        raise ValueError(
-            f'no such rule: {rule!r} less {reference!r}; "norm" or "parts" less one of {[*LESS]}'
-        )
+        raise ValueError(f"no such rule: {rule!r} less {reference!r}")
     less, merged = LESS[reference], merged and rule == "parts"
     blocks = lambda model: [m for m in model.modules() if type(m) in MIX]
 
@@ -157,22 +156,24 @@ def weigh(model, rule="parts", reference=None, merged=True):
         if merged and getattr(model, "pool", "avg") == "avg":
             with torch.no_grad():
                 aligned = arrived(by_pooling(model, x, less), labels, aligned)
-        images = len(aligned) - (reference == "blank")
+        images = len(aligned) - (image is not None)
         return logits[:images], aligned[:images]
 
-    def add_blank(model, args, kwargs):
+    def add_image(model, args, kwargs):
         images, labels = (*args, kwargs.get("labels"))[:2]
-        if labels is not None:  # zero is the mean colour; of the blank, drop path drops nothing
-            more = lambda t, value=0: F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1), value=value)
-            rand = {} if kwargs.get("rand") is None else {"rand": more(kwargs["rand"], 1)}
-            return (more(images), more(labels)), rand
+        if labels is not None:
+            more = lambda t, value: F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1), value=value)
+            rand = (
+                {} if kwargs.get("rand") is None else {"rand": more(kwargs["rand"], 1)}
+            )  # nothing is dropped
+            return (torch.cat([images, image.to(images)]), more(labels, 0)), rand
 
     pre, post = torch.nn.Module.register_forward_pre_hook, torch.nn.Module.register_forward_hook
     handles = [pre(b.norm2, note) for b in blocks(model) if hasattr(b, "norm2")]
     handles += [post(b, mixed) for b in blocks(model)]
     handles += [post(m, shrunk) for m in model.modules() if merged and type(m) in SHRINK]
     handles += [post(blocks(model)[-1], last), post(model, read)]
-    return [*handles, pre(model, add_blank, with_kwargs=True)] if reference == "blank" else handles
+    return handles if image is None else [*handles, pre(model, add_image, with_kwargs=True)]
 
 
 @contextlib.contextmanager

@@ -132,7 +132,7 @@ def test_what_looks_at_models_shares_the_runs_of_area_and_tl_align(here):
     assert layers.count("| TL-Align, norm |") == 4 * 8  # eight models of four layers
     out, text = here(rules, "--mixes", 20)
     assert "train: 0 to do of 4" in out and "20 mixes" in text
-    assert text.count("| parts less a blank |") == 4 and text.count("| truth: objects |") == 4
+    assert text.count("| parts less the mean patch |") == 4 and text.count("| truth: objects |") == 4
     assert "nan" not in text
     out, text = here(robustness, "--models", "vit_micro")
     assert "train: 0 to do of 2" in out and "measure: 2 to do of 2" in out

@@ -42,6 +42,7 @@ from runs import data, script
 FRAMES, SIDE, TUBELET = 8, 32, 2
 DIRECTIONS = ["up", "up right", "right", "down right", "down", "down left", "left", "up left"]
 TRAINED = ("no mixing", "area", "TL-Align")
+BARS = "mean and its 95 % interval"
 
 
 class VideoViT(vit.ViT):
@@ -265,7 +266,7 @@ def main():
 
     rows, points = runs.beside({method: [*map(top1, those)] for method, those in trained.items()})
     text = runs.table(["trained with", "top-1 %", "difference to area"], rows)
-    panels = [("top-1 %", [*trained], {"mean over seeds, or mixes, and its 95 % interval": points})]
+    panels = [("top-1 %", [*trained], {BARS: points})]
 
     n, first = min(args.mixes, len(sets[0].val)) // 2 * 2, trained["area"][0]
     found = mixes(sets[0], first, n)
@@ -283,7 +284,7 @@ def main():
         f"\n{n} mixes of {many} clips to validate on. Models of {passes} passes over {few} clips, seeds 0 "
     )
     text += f"to {args.seeds - 1}; ± is half the 95 % interval over seeds, in brackets it is over mixes.\n"
-    panels.append(("error of the share", [*both], {"": [error for error, _ in both.values()]}))
+    panels.append(("error of the share", [*both], {BARS: [error for error, _ in both.values()]}))
     runs.write(args, "video", text, runs.chart(panels, "", joined=False))
     model = runs.model_of(trained["TL-Align"][0], sets[0])
     script.write_beside(Path(args.runs, "video.png"), draw(model, *found[:2], first))

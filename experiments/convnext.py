@@ -60,13 +60,13 @@ class Down(nn.Sequential):
 
 
 class ConvNeXt(swin.Swin):
-    """A Swin but for windows: its methods and errors. Odd maps are rounded down. scale: a branch's."""
+    """dim is the width of a token in the first stage, doubled with each; depths have an entry a stage; scale
+    is that of each branch at the start. Else a Swin's settings, methods and errors, but that odd maps are
+    rounded down."""
 
     adapt = staticmethod(dict)  # a checkpoint fits as it is
 
-    def __init__(
-        self, img_size=224, patch_size=4, num_classes=1000, dim=96, depths=(3, 3), drop_path=0.0, scale=1e-6
-    ):
+    def __init__(self, dim, depths, img_size=224, patch_size=4, num_classes=1000, drop_path=0.0, scale=1e-6):
         nn.Module.__init__(self)
         if img_size % patch_size:
             raise ValueError(f"patches of {patch_size} px do not tile an image of {img_size} px")
@@ -79,9 +79,8 @@ class ConvNeXt(swin.Swin):
         self.stages = nn.ModuleList(map(blocks, dims, depths))
         self.norm = nn.LayerNorm(dims[-1], eps=1e-6)
         self.head = nn.Linear(dims[-1], num_classes)
-        for name, p in (
-            self.named_parameters() if dim >= 96 else ()
-        ):  # as Meta's; narrow ones start as torch's
+        # As Meta's starts; narrow layers keep torch's own, as in `swin.py`.
+        for name, p in self.named_parameters() if dim >= 96 else ():
             if p.dim() > 1:
                 nn.init.trunc_normal_(p, std=0.02)
             elif name.endswith("bias"):

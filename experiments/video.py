@@ -174,14 +174,8 @@ def opened(folder):
 def settings(args, sets, method, seed):
     """The complete settings of one run."""
     n, s = len(sets.train), script.parse(["--seed", str(seed), "--device", args.device])
-    few = {
-        "epochs": args.epochs,
-        "batch_size": args.batch_size,
-        "patch_size": 8,
-        "drop_path": 0.0,
-        "workers": 0,
-    }
-    vars(s).update(model="video_micro", passes=args.passes, **few, **runs.METHODS[method])
+    vars(s).update(model="video_micro", patch_size=8, drop_path=0.0, workers=0, **runs.METHODS[method])
+    vars(s).update(epochs=args.epochs, passes=args.passes, batch_size=args.batch_size)
     folder = f"{Path(args.clips or 'built-in').name}-video-{n}x{args.passes}x{args.epochs}-b{args.batch_size}"
     folder += f"-val{len(sets.val)}"
     s.out = f"{args.runs}/{folder}/{method.lower().replace(' ', '-')}-{seed}"
@@ -214,10 +208,8 @@ def mixes(sets, s, n):
     """Mixes of n clips to validate on, (n, T, 3, S, S), their masks, (n, T, 1, S, S), and the mean patch."""
     clips = data.normalize(sets.val.tensors[0][:n])
     mask = cutmix_mask(data.uniform((n, 4), "video"), (FRAMES, SIDE, SIDE), s.patch_size)
-    return [
-        t.to(s.device)
-        for t in (tl_align.mix(clips, mask), mask, mixing_ratio.mean_patch(clips.flatten(0, 1), s))
-    ]
+    mean = mixing_ratio.mean_patch(clips.flatten(0, 1), s)
+    return [t.to(s.device) for t in (tl_align.mix(clips, mask), mask, mean)]
 
 
 def look(model, mixed, mask, mean, s):
@@ -279,11 +271,14 @@ def main():
     cell = lambda score: "{:.3f} ({:.3f} to {:.3f})".format(*score)
     rows = [[rule, *map(cell, scores)] for rule, scores in both.items()]
     text += "\n" + runs.table(["rule", "error of the share", "rank correlation"], rows)
-    few, many, passes = len(sets[0].train), len(sets[0].val), args.epochs * args.passes
+    passes, last = args.epochs * args.passes, args.seeds - 1
     text += (
-        f"\n{n} mixes of {many} clips to validate on. Models of {passes} passes over {few} clips, seeds 0 "
+        f"\nModels of {passes} passes over {len(sets[0].train)} clips, seeds 0 to {last}; {len(sets[0].val)} "
     )
-    text += f"to {args.seeds - 1}; ± is half the 95 % interval over seeds, in brackets it is over mixes.\n"
+    text += (
+        f"clips to validate on, {n} mixes of them; ± is half the 95 % interval over seeds, brackets hold it "
+    )
+    text += "over mixes.\n"
     panels.append(("error of the share", [*both], {BARS: [error for error, _ in both.values()]}))
     runs.write(args, "video", text, runs.chart(panels, "", joined=False))
     model = runs.model_of(trained["TL-Align"][0], sets[0])

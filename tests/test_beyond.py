@@ -203,8 +203,9 @@ def test_shapes_that_do_not_fit_are_named(new):
         model(images[..., :-1])
     with pytest.raises(ValueError, match="one row for each patch"):
         model(images, labels[:, 1:])
+    depths = {"depths": (2,)} if isinstance(model, convnext.ConvNeXt) else {}
     with pytest.raises(ValueError, match="patches of 5 px do not tile"):
-        type(model)(img_size=24, patch_size=5)
+        type(model)(img_size=24, patch_size=5, dim=16, **depths)
 
 
 # --- The rule of parts: each layer's own code, run on the content of one source.

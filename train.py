@@ -106,6 +106,8 @@ def parse(argv):
         known = {action.dest for action in parser._actions} - (FREE - {"data"})
         parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
     s = parser.parse_args(argv)
+    if s.model not in MODELS:
+        refuse(f"{s.eval} is of a model {s.model!r}, which is not among {', '.join(MODELS)}")
     if "" in vars(s).values():
         refuse("a set, a folder or a file is given, but its name is empty")
     return s
@@ -154,8 +156,7 @@ def check(s, images, processes):
 def build(s, classes):
     """The model. Swin's windows are 4 x 4 tokens for small images; for large ones the last stage is one
     window where that is 7 x 7 or more, as at 224 px (7) and 384 px (12), and else 7 x 7."""
-    # Newer versions of torch prefer cuDNN's attention on H100, whose gradients have come out as NaN (pytorch
-    # issue 196678): flash attention it is.
+    # Not cuDNN's attention, which newer torch prefers on H100: its gradients were NaN (pytorch issue 196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     options = {k: getattr(s, k) for k in ("img_size", "patch_size", "drop_path")}
     if s.model.startswith("swin"):
@@ -167,8 +168,7 @@ def build(s, classes):
         raise Ended(f"--img-size does not fit {s.model}: {e}") from e
 
 
-# --- Processes: each drives one device, all hold the same weights and share every batch. Without a group of
-# them there is one, of rank 0.
+# --- Processes: each drives one device, all hold the same weights and share every batch. One alone is rank 0.
 
 rank = lambda: dist.get_rank() if dist.is_initialized() else 0
 world = lambda: dist.get_world_size() if dist.is_initialized() else 1

@@ -220,6 +220,8 @@ def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
     one_line(train("--eval", "cut.pt"), "cut.pt", "damaged")
     torch.save({"model": {"cls_token": 3}}, tmp_path / "odd.pt")
     one_line(train("--eval", "odd.pt"), "odd.pt", "holds no model")
+    torch.save({"model": {}, "settings": {"model": "elsewhere"}}, "odd.pt")
+    one_line(train("--eval", "odd.pt"), "odd.pt is of a model 'elsewhere'", "vit_micro")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     one_line(train("--eval", "text.pt"), "text.pt")
     (tmp_path / "file").write_text("")

@@ -6,12 +6,11 @@
 
 No mixing, Mixup, and CutMix with these targets: the area, also with half of the images left whole; TransMix
 (ViT only); TL-Align, and TL-Align by norm and by parts, the rules of `weighing.py`. Each has the same model,
-schedule and seeds. A seed draws the images and
-sets the weights at the start, the order, the crops and the boxes alike for every method, so each method is
-held against the area target seed by seed: the table gives the mean difference with its 95 % interval over
-seeds, and how many seeds would tell a difference of half a point. Accuracy is that of the last epoch. Time
-is that of the fastest epoch of all seeds beside the area's; runs go side by side, so it is within some
-percent (`experiments/cost.py` measures it closely).
+schedule and seeds. A seed draws the images and sets the weights at the start, the order, the crops and the
+boxes alike for every method, so each method is held against the area target seed by seed: the table gives the
+mean difference with its 95 % interval over seeds, and how many seeds would tell a difference of half a point.
+Accuracy is that of the last epoch. Time is that of the fastest epoch of all seeds beside the area's; runs go
+side by side, so it is within some percent (`experiments/cost.py` measures it closely).
 """
 
 import statistics

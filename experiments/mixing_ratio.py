@@ -37,18 +37,17 @@ import tl_align  # on the path that `models` has set
 import weighing
 from runs import data
 
+MODELS = ["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"]
 TRAINED = ("area", "TL-Align")
 SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
 RULES = {"TL-Align": contextlib.nullcontext, "TL-Align, norm": lambda model: weighing.by(model, "norm")}
 
 
-def mixes(sets, s, n):
-    """n validation images, and the masks that mix them: (n, 3, S, S) normalised and (n, 1, S, S)."""
+def validation(sets, s, n):
+    """The first n validation images, (n, 3, S, S) normalised."""
     crops = data.Crops(sets, s.img_size)
     images = torch.stack([crops["val", i, None][0] for i in range(n)])
-    images = data.normalize(images.movedim(-1, 1).contiguous())
-    rand = data.uniform((n, 3), "mixing ratio")
-    return images, tl_align.cutmix_mask(rand, images.shape[-2:], s.patch_size)
+    return data.normalize(images.movedim(-1, 1).contiguous())
 
 
 def influence(model, mixed, owners, instead):
@@ -141,6 +140,11 @@ def scores(said, true, group=2, resamples=1000):
         yield values[0].item(), *values[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
 
 
+def cell(value, low, high):
+    """A score and its interval as text."""
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
 def beyond(said, true, area):
     """Correlation of said - area with true - area, and the factor that fits, of shares (seeds, n)."""
     a, b = said - area, true - area
@@ -149,7 +153,7 @@ def beyond(said, true, area):
 
 
 def main():
-    parser = runs.arguments(__doc__, models=["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"])
+    parser = runs.arguments(__doc__, models=MODELS)
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
     args = runs.parsed(parser)
     sets = runs.open_part(args)
@@ -163,7 +167,8 @@ def main():
 
     last, layers, panels = [], [], []
     for (model, trained), seeds in trained_by.items():
-        images, mask = mixes(sets, seeds[0], n)
+        images, rand = validation(sets, seeds[0], n), data.uniform((n, 3), "mixing ratio")
+        mask = tl_align.cutmix_mask(rand, images.shape[-2:], seeds[0].patch_size)
         looks = [look(runs.model_of(s, sets), images, mask, s) for s in seeds]
         truths = {"influence": torch.stack([true for _, true, _ in looks])}
         if args.data == "shapes":
@@ -176,7 +181,7 @@ def main():
             found[key] = {name: [*scores(said, true)] for name, true in truths.items()}
             moved = [m[key] for _, _, m in looks if key in m]
             both = [score for truth in found[key].values() for score in truth]
-            cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in both]
+            cells = [cell(*score) for score in both]
             more = [*beyond(said, truths["influence"], area)]
             more.append(sum(moved) / len(moved) if moved else math.nan)
             row = [model, trained, *key, *cells, *("" if math.isnan(v) else f"{v:.2f}" for v in more)]

@@ -82,8 +82,7 @@ def look(model, images, mixed, owners, labels, s):
 
 
 def main():
-    models = ["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"]
-    parser = runs.arguments(__doc__, models=models)
+    parser = runs.arguments(__doc__, models=mixing_ratio.MODELS)
     parser.add_argument("--mixes", type=int, default=600, help="mixed images to look at [600]")
     few = lambda t: runs.script.number(t, int, 2, 6)
     parser.add_argument("--sources", type=few, default=2, help="images in a mix, at most 5 [2]")
@@ -102,7 +101,7 @@ def main():
 
     rows, panels = [], []
     for model, seeds in trained.items():
-        images, _ = mixing_ratio.mixes(sets, seeds[0], n)
+        images = mixing_ratio.validation(sets, seeds[0], n)
         mixed = mixes(images, seeds[0], args.sources)
         looks = [look(runs.model_of(s, sets), images, *mixed, s) for s in seeds]
         said, true = ({k: torch.stack([f[k] for f in found]) for k in found[0]} for found in zip(*looks))
@@ -112,8 +111,7 @@ def main():
         points = {name: [] for name in true}
         for rule, shares in [*said.items(), *((f"truth: {name}", shares) for name, shares in true.items())]:
             error = {name: next(mixing_ratio.scores(shares, t, args.sources)) for name, t in true.items()}
-            cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in error.values()]
-            rows.append([model, rule, *cells])
+            rows.append([model, rule, *(mixing_ratio.cell(*score) for score in error.values())])
             if rule in said:
                 for name in true:
                     points[name].append(error[name])

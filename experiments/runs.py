@@ -148,8 +148,8 @@ def done(s):
     return lines if len(lines) == s.epochs else None
 
 
-def train_all(runs, args):
-    """Train what is not done yet. runs: pairs of settings and sets."""
+def train_all(runs, args, train=train):
+    """Train what is not done yet. runs: pairs of settings and sets. train: what trains one of them."""
     todo = [run for run in runs if not done(run[0])]
     side_by_side(train, todo, args, len(runs), lambda s: f"top-1 {done(s)[-1]['val_top1']:.2f} %")
 

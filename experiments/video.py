@@ -251,11 +251,9 @@ def main():
     seeds = range(args.seeds)
     sets = [opened(args.clips)] * args.seeds if args.clips else [made(args, seed) for seed in seeds]
     trained = {method: [settings(args, sets[seed], method, seed) for seed in seeds] for method in TRAINED}
-    pairs = [(s, sets[s.seed]) for those in trained.values() for s in those]
-    top1 = lambda s: runs.done(s)[-1]["val_top1"]
-    todo = [run for run in pairs if not runs.done(run[0])]
-    runs.side_by_side(train, todo, args, len(pairs), lambda s: f"top-1 {top1(s):.2f} %")
+    runs.train_all([(s, sets[s.seed]) for those in trained.values() for s in those], args, train)
 
+    top1 = lambda s: runs.done(s)[-1]["val_top1"]
     rows, points = runs.beside({method: [*map(top1, those)] for method, those in trained.items()})
     text = runs.table(["trained with", "top-1 %", "difference to area"], rows)
     panels = [("top-1 %", [*trained], {BARS: points})]
@@ -268,8 +266,7 @@ def main():
         rule: [*mixing_ratio.scores(torch.stack([said[rule] for said, _ in looks]), true)]
         for rule in looks[0][0]
     }
-    cell = lambda score: "{:.3f} ({:.3f} to {:.3f})".format(*score)
-    rows = [[rule, *map(cell, scores)] for rule, scores in both.items()]
+    rows = [[rule, *(mixing_ratio.cell(*score) for score in scores)] for rule, scores in both.items()]
     text += "\n" + runs.table(["rule", "error of the share", "rank correlation"], rows)
     passes, last = args.epochs * args.passes, args.seeds - 1
     text += (

@@ -120,6 +120,7 @@ def weigh(model, rule="parts", reference=None, merged=True):
     if rule not in ("norm", "parts") or reference not in LESS:
         raise ValueError(f"no such rule: {rule!r} less {reference!r}")
     less, merged = LESS[reference], merged and rule == "parts"
+    # Looked up for the model at hand: a copy of one, such as its running mean, takes the hooks along.
     blocks = lambda model: [m for m in model.modules() if type(m) in MIX]
 
     def note(norm2, args):
@@ -163,10 +164,10 @@ def weigh(model, rule="parts", reference=None, merged=True):
         images, labels = (*args, kwargs.get("labels"))[:2]
         if labels is not None:
             more = lambda t, value: F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1), value=value)
-            rand = (
-                {} if kwargs.get("rand") is None else {"rand": more(kwargs["rand"], 1)}
-            )  # nothing is dropped
-            return (torch.cat([images, image.to(images)]), more(labels, 0)), rand
+            drawn = {
+                k: more(v, 1) for k, v in kwargs.items() if k == "rand" and v is not None
+            }  # drops nothing
+            return (torch.cat([images, image.to(images)]), more(labels, 0)), drawn
 
     pre, post = torch.nn.Module.register_forward_pre_hook, torch.nn.Module.register_forward_hook
     handles = [pre(b.norm2, note) for b in blocks(model) if hasattr(b, "norm2")]

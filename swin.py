@@ -1,22 +1,27 @@
-"""The Swin transformer, with labels that move through windows, shifts and merging beside the tokens.
+"""Swin transformer with token labels.
 
-Swin (Liu et al. 2021, arXiv 2103.14030): attention within windows of 7 x 7 tokens, the windows shifted
-by half their size in every second block, and four tokens merged into one between stages. Whatever
-rearranges the tokens rearranges the labels by the same function, called on the next line.
-Parameters carry the official names, so Microsoft's files load as they are:
+Swin (Liu et al. 2021, arXiv 2103.14030): attention within windows of 7 x 7 tokens, windows that
+are shifted by half their size in every second block, and patch merging, which turns 2 x 2 tokens
+into one between stages. Window partition, shift and their reverse apply the same function to
+tokens and labels, line under line; patch merging concatenates four tokens and averages their
+labels. Parameters have the official names, so Microsoft's and timm's checkpoints load directly:
 
     model = swin_tiny()
-    model.load_state_dict(model.adapt(torch.load("swin_tiny_patch4_window7_224.pth")["model"]))
+    state = torch.load("swin_tiny_patch4_window7_224.pth")["model"]
+    model.load_state_dict(model.convert_state_dict(state))
 
-    logits = model(images)                      # as any classifier
-    logits, aligned = model(images, labels)     # and the label that arrives where the head reads
-
-Images may have any height and width that the patches tile: maps that windows don't tile are padded.
-A padded token is nobody's: no real token attends to it, and it holds no label.
+    logits = model(images)                      # like any classifier
+    logits, aligned = model(images, labels)     # also the label of what the classifier reads
 
 Tokens and labels are maps here, (B, H, W, C) and (B, H, W, K). Copy this file with `tl_align.py`.
+
+Images may have any size that the patches tile. Where windows do not tile the map, it is padded.
+Here the padding is masked out of the attention, because it has no label; torchvision's and
+Microsoft's models let tokens attend to it. So the logits equal theirs where windows fit (224 px)
+and differ where they do not (256 px, for example).
 """
 
+import math
 import re
 from collections import OrderedDict
 
@@ -24,171 +29,246 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tl_align
 
+# All but cuDNN, whose gradients can be NaN where there is a bias (pytorch issue 196678).
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
-def to_windows(x, window, shift):
-    """Cut a map into windows: pad it to whole ones, roll it back by the shift, partition it.
 
-    x: (B, H, W, C), or None where there are no labels. shift: (rows, columns), in tokens.
-    Returns (B, windows, window², C), or None.
+def window_partition(x, window_size, shift):
+    """Pad a map to whole windows, roll it back by the shift, and cut it into windows.
+
+    x: (B, H, W, C), or None if there are no labels. window_size: in tokens. shift: (rows, columns).
+    Returns (B, windows, window_size², C), or None.
     """
     if x is None:
         return None
     height, width = x.shape[1:3]
-    if height % window or width % window:
-        x = F.pad(x, (0, 0, 0, -width % window, 0, -height % window))
+    if height % window_size or width % window_size:
+        x = F.pad(x, (0, 0, 0, -width % window_size, 0, -height % window_size))
     if any(shift):
         x = x.roll((-shift[0], -shift[1]), dims=(1, 2))
-    return rearrange(x, "b (nh h) (nw w) c -> b (nh nw) (h w) c", h=window, w=window)
+    return rearrange(x, "b (nh h) (nw w) c -> b (nh nw) (h w) c", h=window_size, w=window_size)
 
 
-def from_windows(x, window, shift, size):
-    """Undo `to_windows`. x: (B, windows, window², C), size: (H, W). Returns (B, H, W, C)."""
+def window_reverse(x, window_size, shift, size):
+    """Undo `window_partition`.
+
+    x: (B, windows, window_size², C) or None. size: (H, W) of the map. Returns (B, H, W, C) or None.
+    """
     if x is None:
         return None
     height, width = size
-    rows = -(-height // window)
-    x = rearrange(x, "b (nh nw) (h w) c -> b (nh h) (nw w) c", nh=rows, h=window)
+    windows_down = math.ceil(height / window_size)
+    x = rearrange(x, "b (nh nw) (h w) c -> b (nh h) (nw w) c", nh=windows_down, h=window_size)
     if any(shift):
         x = x.roll(shift, dims=(1, 2))
     return x[:, :height, :width]
 
 
-def window_mask(size, window, shift, device=None):
-    """Which tokens of a window may see each other: those that were neighbours before the shift.
+def window_mask(size, window_size, shift, device=None):
+    """The attention mask of the windows of a map of this size.
 
-    The roll brings the first rows and columns of the map round to its end, into windows with tokens
-    from the far side; and padding is nobody's neighbour. So mark where each token is from, cut the
-    marks into windows as the tokens are, and forbid what differs.
+    After the roll, a window may contain tokens from opposite sides of the map. Number the
+    regions that were contiguous before, partition the numbers like the tokens, and mask every
+    pair of tokens from different regions. Padding, filled with zeros, is region 0.
 
-    Returns (windows, 1, window², window²), 0 or -inf, to be added to the scores; None where every
-    token may see every other.
+    Returns (windows, 1, window_size², window_size²) of 0 and -inf, to be added to the scores,
+    or None if no pair is masked.
     """
     height, width = size
-    if not (any(shift) or height % window or width % window):
+    if not any(shift) and height % window_size == 0 and width % window_size == 0:
         return None
-    rows = torch.arange(height, device=device) < shift[0]
-    cols = torch.arange(width, device=device) < shift[1]
-    origin = 1 + 2 * rows[:, None] + cols[None, :]  # 1 to 4; padding adds zeros
-    origin = to_windows(origin[None, :, :, None], window, shift)[0]  # (windows, window², 1)
-    apart = (origin != origin.mT)[:, None]  # (windows, 1, window², window²)
-    return torch.zeros(apart.shape, device=device).masked_fill(apart, float("-inf"))
+    row_region = torch.where(torch.arange(height, device=device) < shift[0], 2, 0)
+    col_region = torch.where(torch.arange(width, device=device) < shift[1], 1, 0)
+    region = 1 + row_region[:, None] + col_region[None, :]  # (H, W), from 1 to 4
+    region = window_partition(region[None, :, :, None], window_size, shift)[0]  # (windows, n, 1)
+    is_masked = (region != region.mT)[:, None]  # (windows, 1, n, n)
+    return torch.zeros(is_masked.shape, device=device).masked_fill(is_masked, float("-inf"))
+
+
+def relative_position_index(window_size, device=None):
+    """The row of the bias table for each pair of tokens in a window, (window_size²,
+    window_size²)."""
+    position = torch.arange(window_size, device=device)
+    offset = position[:, None] - position[None, :] + window_size - 1  # (w, w), from 0 to 2 w - 2
+    row_offset = rearrange(offset, "r1 r2 -> r1 1 r2 1")
+    col_offset = rearrange(offset, "c1 c2 -> 1 c1 1 c2")
+    index = row_offset * (2 * window_size - 1) + col_offset  # (w, w, w, w)
+    return index.flatten(2).flatten(0, 1)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth, as in `vit.py`: drop a sample's whole residual branch with probability
+    `rate`."""
+
+    def __init__(self, rate):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x, rand=None):
+        """x: (B, ...). rand: (B,), uniform in [0, 1), for reproducible runs; drawn here if None."""
+        if not self.training or self.rate == 0:
+            return x
+        if rand is None:
+            rand = torch.rand(x.shape[0], device=x.device)
+        scale = (rand >= self.rate) / (1 - self.rate)  # (B,)
+        return x * scale.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
 
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention within each window, with a learned bias for each relative position.
 
-    Explicit and fused as in `vit.Attention`: fused on CUDA, explicit elsewhere, the same numbers.
-    The fused kernels take one axis of heads, so every window brings its own: the bias then needs one
-    copy for all images.
+    Explicit and fused as in `vit.Attention`.
     """
 
-    def __init__(self, dim, heads, window, fused=None):
+    def __init__(self, dim, num_heads, window_size, fused=None):
         super().__init__()
-        self.heads, self.fused = heads, fused
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.fused = fused
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * window - 1) ** 2, heads))
-        at = torch.cartesian_prod(torch.arange(window), torch.arange(window))  # (window², 2)
-        offset = at[:, None] - at[None, :] + window - 1  # (window², window², 2), from 0
-        index = offset[..., 0] * (2 * window - 1) + offset[..., 1]
-        self.register_buffer("relative_position_index", index, persistent=False)
-
-    def project(self, x, mask=None):
-        """Queries, keys and values, (B, windows, h, n, d), and what is added to the scores, (1 or windows, h,
-        n, n). x: (B, windows, n, dim). mask: as `window_mask` gives it."""
-        q, k, v = rearrange(self.qkv(x), "b w n (three h d) -> three b w h n d", three=3, h=self.heads)
-        bias = self.relative_position_bias_table[self.relative_position_index]
-        bias = rearrange(bias, "n m h -> 1 h n m")
-        return q, k, v, bias if mask is None else bias + mask.to(bias.dtype)
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((2 * window_size - 1) ** 2, num_heads)
+        )
 
     def forward(self, x, labels=None, mask=None):
-        q, k, v, bias = self.project(x, mask)
-        fused = x.is_cuda if self.fused is None else self.fused
-        if not fused:
-            attention = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
-            x = attention @ v  # (B, windows, h, n, d)
-            if labels is not None:
-                labels = tl_align.align(labels, attention)
-        else:
+        """x: (B, windows, n, dim). labels: (B, windows, n, K) or None. mask: see `window_mask`.
+        Returns A @ V after projection, and A @ Y."""
+        q, k, v = rearrange(
+            self.qkv(x), "b w n (three h d) -> three b w h n d", three=3, h=self.num_heads
+        )
+        bias = self.attention_bias(mask)  # (1 or windows, h, n, n)
+        use_fused = x.is_cuda if self.fused is None else self.fused
+        if use_fused:
+            # The kernels expect a single axis of heads and one bias for all images, so every
+            # window brings its own heads.
             windows = x.shape[1]
-            q, k, v = (t.flatten(1, 2) for t in (q, k, v))  # (B, windows * h, n, d)
-            bias = bias.expand(windows, -1, -1, -1).flatten(0, 1).to(q.dtype)
-            x = F.scaled_dot_product_attention(q, k, v, bias).unflatten(1, (windows, self.heads))
-            if labels is not None:
-                labels = tl_align.align_fused(labels, q, k, bias)
+            q, k, v = q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2)  # (B, windows * h, n, d)
+            bias = bias.expand(windows, -1, -1, -1).flatten(0, 1).to(q.dtype).contiguous()
+            with sdpa_kernel(BACKENDS):
+                x = F.scaled_dot_product_attention(q, k, v, bias)  # tokens: A @ V
+            labels = tl_align.attend_fused(labels, q, k, bias)  # labels: A @ Y
+            x = x.unflatten(1, (windows, self.num_heads))
+        else:
+            attn = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
+            x = attn @ v  # tokens: A @ V
+            labels = tl_align.attend(labels, attn)  # labels: A @ Y
         return self.proj(rearrange(x, "b w h n d -> b w n (h d)")), labels
+
+    def attention_bias(self, mask=None):
+        """The relative position bias plus the mask, (1 or windows, h, n, n)."""
+        table = self.relative_position_bias_table
+        bias = table[relative_position_index(self.window_size, table.device)]
+        bias = rearrange(bias, "n m h -> 1 h n m")
+        return bias if mask is None else bias + mask.to(bias.dtype)
 
 
 class Block(nn.Module):
-    def __init__(self, dim, heads, window, shifted, fused=None):
+    """A transformer layer on windows. shift_size: 0, or window_size // 2 in every second block."""
+
+    def __init__(self, dim, num_heads, window_size, shift_size, drop_path=0.0, fused=None):
         super().__init__()
-        self.window, self.shifted = window, shifted
+        self.window_size = window_size
+        self.shift_size = shift_size
         self.norm1 = nn.LayerNorm(dim)
-        self.attn = WindowAttention(dim, heads, window, fused)
+        self.attn = WindowAttention(dim, num_heads, window_size, fused)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = nn.Sequential(
             OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim))
         )
+        self.drop_path = DropPath(drop_path)
 
-    def forward(self, x, labels=None, keep=(1, 1)):
-        """keep: what stochastic depth (Huang et al. 2016) multiplies the two branches with."""
-        size, window, shift = x.shape[1:3], self.window, self.shift(x)
-        mask = window_mask(size, window, shift, x.device)
-        moved = to_windows(self.norm1(x), window, shift)
-        labels = to_windows(labels, window, shift)
-        moved, labels = self.attn(moved, labels, mask)  # tokens and labels move together
-        moved = from_windows(moved, window, shift, size)
-        labels = from_windows(labels, window, shift, size)
+    def forward(self, x, labels=None, rand=(None, None)):
+        """x: (B, H, W, dim). labels: (B, H, W, K) or None. rand: for drop path, (B,) for each
+        of the two branches."""
+        size = x.shape[1:3]
+        shift = self.shift(size)
+        mask = window_mask(size, self.window_size, shift, x.device)
 
-        x = x + keep[0] * moved  # the labels' half of this residual is in `tl_align.align`
-        x = x + keep[1] * self.mlp(self.norm2(x))  # token by token: labels stay
+        attended = window_partition(self.norm1(x), self.window_size, shift)
+        attended_labels = window_partition(labels, self.window_size, shift)
+        attended, attended_labels = self.attn(attended, attended_labels, mask)
+        attended = window_reverse(attended, self.window_size, shift, size)
+        attended_labels = window_reverse(attended_labels, self.window_size, shift, size)
+
+        x = x + self.drop_path(attended, rand[0])
+        labels = tl_align.residual(labels, attended_labels)  # Y = (Y + A @ Y) / 2
+
+        x = x + self.drop_path(self.mlp(self.norm2(x)), rand[1])
+        # labels are unchanged
         return x, labels
 
-    def shift(self, x):
-        """Of the windows of a map, in tokens; one of a single window has nothing to shift to."""
-        return tuple(self.window // 2 if self.shifted and n > self.window else 0 for n in x.shape[1:3])
+    def shift(self, size):
+        """(rows, columns) to shift a map of this size by. A single window is not shifted."""
+        height, width = size
+        rows = self.shift_size if height > self.window_size else 0
+        cols = self.shift_size if width > self.window_size else 0
+        return rows, cols
 
 
 class PatchMerging(nn.Module):
-    """Each 2 x 2 tokens become one of twice the width; its label is the mean of theirs."""
+    """Merge 2 x 2 tokens into one of twice the width. Its label is the mean of their labels."""
 
     def __init__(self, dim):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
 
-    def gather(self, x):
-        """The channels of each 2 x 2 tokens beside each other: (B, H, W, C) to (B, H / 2, W / 2, 4 C)."""
-        height, width = x.shape[1:3]
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
-        return rearrange(x, "b (h dh) (w dw) c -> b h w (dw dh c)", dh=2, dw=2)
-
     def forward(self, x, labels=None):
-        x = self.gather(x)
-        if labels is not None:  # ceil_mode: at an odd border, the mean of the tokens that are there
-            labels = F.avg_pool2d(rearrange(labels, "b h w k -> b k h w"), 2, ceil_mode=True)
-            labels = rearrange(labels, "b k h w -> b h w k")
-        return self.reduction(self.norm(x)), labels
+        """x: (B, H, W, dim). labels: (B, H, W, K) or None.
+        Returns (B, H / 2, W / 2, 2 dim) and (B, H / 2, W / 2, K), rounded up."""
+        x = self.reduction(self.norm(merge_tokens(x)))
+        labels = merge_labels(labels)
+        return x, labels
+
+
+def merge_tokens(x):
+    """Concatenate the channels of 2 x 2 neighbours: (B, H, W, C) to (B, H / 2, W / 2, 4 C),
+    rounded up. A map with an odd side is padded with zeros."""
+    height, width = x.shape[1:3]
+    if height % 2 or width % 2:
+        x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+    return rearrange(x, "b (h dh) (w dw) c -> b h w (dw dh c)", dh=2, dw=2)
+
+
+def merge_labels(labels):
+    """Average the labels of 2 x 2 neighbours: (B, H, W, K) or None to (B, H / 2, W / 2, K),
+    rounded up. At an odd border, ceil_mode averages the tokens that exist: padding has no label."""
+    if labels is None:
+        return None
+    labels = rearrange(labels, "b h w k -> b k h w")
+    labels = F.avg_pool2d(labels, 2, ceil_mode=True)
+    return rearrange(labels, "b k h w -> b h w k")
 
 
 class Stage(nn.Module):
-    def __init__(self, dim, depth, heads, window, merge, fused=None):
+    """Blocks on maps of one size, then patch merging (except in the last stage). `Swin.forward`
+    runs them; this class gives the parameters their official names."""
+
+    def __init__(self, dim, num_heads, window_size, drop_path_rates, merge, fused=None):
         super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, heads, window, i % 2 == 1, fused) for i in range(depth))
+        self.blocks = nn.ModuleList()
+        for i, rate in enumerate(drop_path_rates):
+            shift_size = window_size // 2 if i % 2 == 1 else 0
+            self.blocks.append(Block(dim, num_heads, window_size, shift_size, rate, fused))
         self.downsample = PatchMerging(dim) if merge else None
 
 
 class Swin(nn.Module):
-    """patch_size is in pixels; dim the width of a token in the first stage, doubled with each;
-    depths and heads have an entry a stage; window is in tokens; drop_path the rate of the last block
-    (it grows from 0). img_size, in pixels, is only a size to expect: maps of any size are taken.
-    fused: see `WindowAttention`.
+    """An image classifier that can propagate token labels.
 
-    Raises ValueError when patches do not tile an image of img_size.
+    img_size and patch_size are in pixels. embed_dim is the width of a token in the first
+    stage, doubled in each of the next ones. depths and num_heads have one entry per stage.
+    window_size is in tokens. drop_path_rate is the rate of the last block; it grows linearly
+    from 0 in the first. fused: see `WindowAttention`. init_std: standard deviation of the
+    initial weights, 0.02 as in Swin; None keeps PyTorch's default, which suits narrow models.
+
+    Images of any size are accepted; img_size is only the size that the model is meant for.
+    Raises ValueError if patches do not tile an image of img_size.
     """
 
     def __init__(
@@ -196,134 +276,168 @@ class Swin(nn.Module):
         img_size=224,
         patch_size=4,
         num_classes=1000,
-        dim=96,
+        embed_dim=96,
         depths=(2, 2, 6, 2),
-        heads=(3, 6, 12, 24),
-        window=7,
-        drop_path=0.0,
+        num_heads=(3, 6, 12, 24),
+        window_size=7,
+        drop_path_rate=0.0,
         fused=None,
+        init_std=0.02,
     ):
         super().__init__()
-        if img_size % patch_size:
-            raise ValueError(f"patches of {patch_size} px do not tile an image of {img_size} px")
-        self.img_size, self.patch_size = img_size, patch_size
-        self.depth, self.drop_path = sum(depths), drop_path
-        self.patch_embed = nn.ModuleDict(
-            {"proj": nn.Conv2d(3, dim, patch_size, patch_size), "norm": nn.LayerNorm(dim)}
-        )
-        last = len(depths) - 1
-        self.layers = nn.ModuleList(
-            Stage(dim * 2**i, depths[i], heads[i], window, i < last, fused) for i in range(len(depths))
-        )
-        self.norm = nn.LayerNorm(dim * 2**last)
-        self.head = nn.Linear(dim * 2**last, num_classes)
-        wide = dim >= 96  # as Swin starts; narrow layers want larger weights, and keep torch's own
-        for name, p in self.named_parameters():
-            if wide and p.dim() == 2:
-                nn.init.trunc_normal_(p, std=0.02)
-            elif wide and name.endswith("bias") and "patch_embed.proj" not in name:
-                nn.init.zeros_(p)
+        tl_align.check_tiling((img_size, img_size), patch_size)
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.depth = sum(depths)
+        patch_conv = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        self.patch_embed = nn.ModuleDict({"proj": patch_conv, "norm": nn.LayerNorm(embed_dim)})
+        rates = [drop_path_rate * i / max(1, self.depth - 1) for i in range(self.depth)]
+        self.layers = nn.ModuleList()
+        for i, depth in enumerate(depths):
+            start = sum(depths[:i])
+            stage_rates = rates[start : start + depth]
+            merge = i < len(depths) - 1
+            stage = Stage(embed_dim * 2**i, num_heads[i], window_size, stage_rates, merge, fused)
+            self.layers.append(stage)
+        last_dim = embed_dim * 2 ** (len(depths) - 1)
+        self.norm = nn.LayerNorm(last_dim)
+        self.head = nn.Linear(last_dim, num_classes)
+        if init_std is not None:
+            self.init_weights(init_std)
 
-    def forward(self, images, labels=None, *, rand=None):
-        """Logits, and where labels are given the mean of all labels at the end, as the head reads it.
+    def init_weights(self, std):
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:  # weights of linear layers, and the bias tables
+                nn.init.trunc_normal_(parameter, std=std)
+            elif name.endswith("bias") and "patch_embed" not in name:
+                nn.init.zeros_(parameter)
 
-        images: (B, 3, H, W). labels: (B, N, K), of each patch, row by row.
-        rand: (B, depth, 2), uniform in [0, 1): which branches drop path drops in training, for
-        callers whose runs must repeat; drawn here if None.
+    def forward(self, images, labels=None, rand=None):
+        """Class logits and, if labels are given, the mean label of all tokens.
+
+        images: (B, 3, H, W). labels: (B, N, K), one row for each patch, row by row.
+        rand: (B, depth, 2), uniform in [0, 1), the random numbers of drop path; drawn if None.
         Returns (B, num_classes), or that and (B, K). Raises ValueError for any other shape.
         """
-        x, layers, _ = self._trunk(images, labels, rand)
-        logits = self.head(x.mean((1, 2)))
-        return logits if labels is None else (logits, layers[-1].mean((1, 2)))
+        x, labels = self.embed(images, labels)
+        if rand is None:
+            block_rand = [(None, None)] * self.depth
+        else:
+            block_rand = rand.permute(1, 2, 0)  # (depth, 2, B)
+        i = 0
+        for stage in self.layers:
+            for block in stage.blocks:
+                x, labels = block(x, labels, block_rand[i])
+                i += 1
+            if stage.downsample is not None:
+                x, labels = stage.downsample(x, labels)
+        logits = self.head(self.norm(x).mean((1, 2)))
+        return logits if labels is None else (logits, labels.mean((1, 2)))
 
-    def layer_labels(self, images, labels):
-        """The labels after the embedding and after each block, for pictures and experiments: a list
-        of depth + 1 pairs, the labels as a map (B, H, W, K) and, (B, K), the label that the head would
-        find if it read there."""
-        _, layers, _ = self._trunk(images, labels)
-        return [(y, y.mean((1, 2))) for y in layers]
-
-    def features(self, images, *, rand=None):
-        """The map at the end of each stage, for dense prediction: a list of (B, C, H, W), C doubled and H and
-        W halved, odd ones rounded up, from one to the next; the last after the final norm.
-
-        images: (B, 3, H, W), of any sides that patches tile. rand: as in `forward`. Raises ValueError
-        where patches do not tile the images.
-        """
-        x, _, maps = self._trunk(images, None, rand)
-        return [rearrange(m, "b h w c -> b c h w") for m in (*maps[:-1], x)]
-
-    def _trunk(self, images, labels, rand=None):
-        """Tokens at the end, labels after each block, and the tokens at the end of each stage."""
-        self._check(images, labels)
+    def embed(self, images, labels=None):
+        """Tokens (B, H, W, embed_dim) and their labels (B, H, W, K) before the first block."""
+        self.check_shapes(images, labels)
         height = images.shape[2] // self.patch_size
         x = rearrange(self.patch_embed["proj"](images), "b d h w -> b h w d")
         x = self.patch_embed["norm"](x)
-        y = labels if labels is None else rearrange(labels, "b (h w) k -> b h w k", h=height)
-        layers, maps, keep = [y], [], iter(self._keep(images, rand))
+        labels = None if labels is None else rearrange(labels, "b (h w) k -> b h w k", h=height)
+        return x, labels
+
+    def intermediate_labels(self, images, labels):
+        """The labels after the embedding and after every block, for inspection.
+
+        Returns a list of depth + 1 pairs: the labels as a map (B, H, W, K), and their mean (B, K).
+        """
+        x, labels = self.embed(images, labels)
+        layers = [labels]
         for stage in self.layers:
             for block in stage.blocks:
-                x, y = block(x, y, next(keep))
-                layers.append(y)
-            maps.append(x)
+                x, labels = block(x, labels)
+                layers.append(labels)
             if stage.downsample is not None:
-                x, y = stage.downsample(x, y)
-        return self.norm(x), layers, maps
+                x, labels = stage.downsample(x, labels)
+        return [(y, y.mean((1, 2))) for y in layers]
 
-    def _keep(self, images, rand):
-        """What drop path multiplies each block's two branches with: 0 or 1 / (1 - rate), (B, 1, 1, 1)."""
-        if not self.training or self.drop_path == 0:
-            return [(1, 1)] * self.depth
-        if rand is None:
-            rand = torch.rand(images.shape[0], self.depth, 2, device=images.device)
-        rate = torch.linspace(0, self.drop_path, self.depth, device=images.device)[:, None]
-        return rearrange(((rand >= rate) / (1 - rate)).to(images.dtype), "b depth two -> depth two b 1 1 1")
-
-    def _check(self, images, labels):
+    def check_shapes(self, images, labels):
         p = self.patch_size
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % p or images.shape[3] % p:
             expected = f"(B, 3, H, W) with sides that are multiples of {p}"
             raise ValueError(f"images must be {expected}, got {tuple(images.shape)}")
-        batch, tokens = images.shape[0], images.shape[2] // p * (images.shape[3] // p)
-        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (batch, tokens)):
-            expected = f"({batch}, {tokens}, K), one row for each patch"
+        batch, num_patches = images.shape[0], images.shape[2] // p * (images.shape[3] // p)
+        if labels is not None and (labels.dim() != 3 or labels.shape[:2] != (batch, num_patches)):
+            expected = f"({batch}, {num_patches}, K), one row for each patch"
             raise ValueError(f"labels must be {expected}, got {tuple(labels.shape)}")
 
-    def adapt(self, state):
-        """A checkpoint of Microsoft's, of timm's, or of other windows, fitted to this model: index and mask
-        buffers go, names become Microsoft's, and bias tables are resized, bicubic as their code does it.
-        state: a dict of tensors. Returns a new one."""
-        state = {k: v for k, v in state.items() if not k.endswith(("_index", "attn_mask"))}
-        if any(k.startswith(f"layers.{len(self.layers) - 1}.downsample") for k in state):  # timm's
-            before = lambda m: f"layers.{int(m[1]) - 1}.downsample"  # at the end of a stage, not at its start
-            rename = lambda k: re.sub(r"layers\.(\d+)\.downsample", before, k).replace("head.fc.", "head.")
-            state = {rename(k): v for k, v in state.items()}
-        for name, table in self.state_dict().items():
-            old = state.get(name)
-            if name.endswith("bias_table") and old is not None and len(old) != len(table):
-                side, new = round(len(old) ** 0.5), round(len(table) ** 0.5)
-                grid = rearrange(old, "(h w) heads -> 1 heads h w", h=side)
-                grid = F.interpolate(grid.float(), (new, new), mode="bicubic", align_corners=False)
-                state[name] = rearrange(grid, "1 heads h w -> (h w) heads").to(old.dtype)
-        return state
+    def convert_state_dict(self, state):
+        """Fit a checkpoint of Microsoft's, of timm's, or of another window size to this model.
+
+        Buffers are dropped, timm's names become Microsoft's, and bias tables are interpolated.
+        state: a dict of tensors. Returns a new dict.
+        """
+        own_state = self.state_dict()
+        last_stage = len(self.layers) - 1
+        is_timm = any(name.startswith(f"layers.{last_stage}.downsample.") for name in state)
+        converted = {}
+        for name, tensor in state.items():
+            if name.endswith(("relative_position_index", "attn_mask")):
+                continue
+            if is_timm:
+                name = convert_timm_name(name)
+            if name.endswith("relative_position_bias_table") and name in own_state:
+                tensor = interpolate_bias_table(tensor, len(own_state[name]))
+            converted[name] = tensor
+        return converted
+
+
+def convert_timm_name(name):
+    """timm merges patches at the start of a stage, Microsoft at the end of the one before."""
+    match = re.match(r"layers\.(\d+)\.downsample\.(.*)", name)
+    if match:
+        return f"layers.{int(match[1]) - 1}.downsample.{match[2]}"
+    return name.replace("head.fc.", "head.")
+
+
+def interpolate_bias_table(table, length):
+    """Resize a relative position bias table with bicubic interpolation, as Microsoft's code does.
+
+    table: ((2 w - 1)², heads) of a window size w. length: (2 w - 1)² of the new window size.
+    Returns (length, heads).
+    """
+    if len(table) == length:
+        return table
+    old_side, new_side = round(len(table) ** 0.5), round(length**0.5)
+    grid = rearrange(table, "(h w) heads -> 1 heads h w", h=old_side).float()
+    grid = F.interpolate(grid, (new_side, new_side), mode="bicubic", align_corners=False)
+    return rearrange(grid, "1 heads h w -> (h w) heads").to(table.dtype)
+
+
+# Keyword arguments replace these sizes and are otherwise those of `Swin`.
 
 
 def swin_tiny(**kwargs):
     """28.3 million parameters."""
-    return Swin(**{"dim": 96, "depths": (2, 2, 6, 2), "heads": (3, 6, 12, 24), **kwargs})
+    return Swin(**{"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), **kwargs})
 
 
 def swin_small(**kwargs):
     """49.6 million parameters."""
-    return Swin(**{"dim": 96, "depths": (2, 2, 18, 2), "heads": (3, 6, 12, 24), **kwargs})
+    return Swin(**{"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), **kwargs})
 
 
 def swin_base(**kwargs):
     """87.8 million parameters."""
-    return Swin(**{"dim": 128, "depths": (2, 2, 18, 2), "heads": (4, 8, 16, 32), **kwargs})
+    return Swin(
+        **{"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs}
+    )
 
 
 def swin_micro(**kwargs):
-    """Small enough to train on a laptop's CPU."""
-    micro = {"img_size": 32, "patch_size": 2, "dim": 32, "depths": (2, 2), "heads": (1, 2), "window": 4}
-    return Swin(**{**micro, **kwargs})
+    """0.1 million parameters, small enough to train on a laptop's CPU."""
+    micro = {
+        "img_size": 32,
+        "patch_size": 2,
+        "embed_dim": 32,
+        "depths": (2, 2),
+        "num_heads": (1, 2),
+    }
+    return Swin(**{**micro, "window_size": 4, "init_std": None, **kwargs})

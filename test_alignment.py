@@ -1,16 +1,17 @@
-"""The mathematics of token-label alignment, and both models against independent references.
+"""Tests of token-label alignment and of both models.
 
-python -m pytest test_alignment.py
+The labels are compared with independent references, and the logits with torchvision's models:
+
+    python -m pytest test_alignment.py
 """
 
 import math
-import warnings
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from torchvision.models.feature_extraction import create_feature_extractor
+from einops import rearrange
 
 import swin
 import tl_align
@@ -18,378 +19,749 @@ import vit
 
 
 def small_vit(**kwargs):
-    return randomized(vit.ViT, {"img_size": 24, "dim": 32, "depth": 3, "heads": 4, **kwargs})
+    settings = {"img_size": 24, "patch_size": 4, "num_classes": 7}
+    settings.update({"embed_dim": 32, "depth": 3, "num_heads": 4})
+    torch.manual_seed(1)  # the same weights in every call
+    return add_noise(vit.ViT(**{**settings, **kwargs}))
 
 
 def small_swin(**kwargs):
-    return randomized(swin.Swin, {"dim": 16, "depths": (2, 2), "heads": (2, 4), "window": 4, **kwargs})
-
-
-def randomized(kind, kwargs):
-    """The same weights each time, so large that attention is far from uniform and every bias counts."""
+    settings = {"img_size": 32, "patch_size": 4, "num_classes": 7}
+    settings.update({"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4})
     torch.manual_seed(1)
-    model = kind(**{"img_size": 32, "patch_size": 4, "num_classes": 7, **kwargs})
+    return add_noise(swin.Swin(**{**settings, **kwargs}))
+
+
+def add_noise(model):
+    """Make all parameters large, so that attention is far from uniform and each of them matters."""
     with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn(p.shape) / math.sqrt(p.shape[-1]))
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / math.sqrt(parameter.shape[-1]))
     return model
 
 
-# Each model with an image size; the Swins: windows that tile, that need padding, that merge odd maps.
-MODELS = {
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# Each model with the size of its images.
+CASES = {
     "vit": (small_vit, (24, 24)),
-    "vit-avg": (lambda **k: small_vit(pool="avg", **k), (24, 24)),
-    "swin": (small_swin, (32, 32)),
+    "swin": (small_swin, (32, 32)),  # windows tile the map
     "swin-padded": (small_swin, (40, 24)),
-    "swin-odd": (small_swin, (36, 44)),
+    "swin-odd": (small_swin, (36, 44)),  # patch merging meets maps with odd sides
     "swin-one-window": (small_swin, (16, 12)),
 }
 
 
-@pytest.fixture(params=MODELS)
-def setting(request):
-    """A constructor, images and the labels of their patches (B, N, 1)."""
-    make, size = MODELS[request.param]
-    torch.manual_seed(0)
-    labels = torch.rand(2, (size[0] // 4) * (size[1] // 4), 1)
-    return make, torch.randn(2, 3, *size), labels
+@pytest.fixture(params=CASES)
+def case(request):
+    """A function that builds the model, two images, and their patch labels (2, N, 1)."""
+    build_model, (height, width) = CASES[request.param]
+    images = torch.randn(2, 3, height, width)
+    labels = torch.rand(2, (height // 4) * (width // 4), 1)
+    return build_model, images, labels
 
 
-# --- An independent reference: each layer as a matrix that says how much of token j ends in token i, from
-# the tokens' coordinates and the layer's weights, one pair of tokens at a time.
+# ------------------------------------------------------------------------------------------------
+# Independent references: one attention matrix per block and image, computed from the tokens that
+# enter the block, from its weights, and from the positions of the tokens.
 
 
-def heads_of(attention, x):
-    """Queries and keys (heads, N, d) of one image's tokens (N, C)."""
-    q, k, _ = attention.qkv(x).chunk(3, dim=-1)
-    return (t.reshape(len(x), attention.heads, -1).transpose(0, 1) for t in (q, k))
+def find_blocks(model):
+    return [m for m in model.modules() if isinstance(m, (vit.Block, swin.Block))]
 
 
-def vit_reference(model, images, labels):
-    inputs, out = block_inputs(model, images), []
-    for image in range(len(images)):
-        y = labels[image]
-        if model.pool == "cls":
-            y = torch.cat([y.mean(0, keepdim=True), y])
-        for block, x in zip(model.blocks, inputs):
-            q, k = heads_of(block.attn, block.norm1(x[image]))
-            n, d = q.shape[1:]
-            scores = torch.einsum("hid,hjd->hij", q, k) / math.sqrt(d)
-            move = (scores.exp() / scores.exp().sum(-1, keepdim=True)).mean(0)
-            y = (torch.eye(n).to(y) @ y + move @ y) / 2
-        out.append(y[0] if model.pool == "cls" else y.mean(0))
-    return torch.stack(out)
+def record_block_inputs(model, images):
+    """The tokens that enter each block."""
+    inputs = []
 
+    def record(block, args):
+        inputs.append(args[0])
 
-def swin_reference(model, images, labels):
-    inputs = iter(block_inputs(model, images))
-    size = [side // model.patch_size for side in images.shape[2:]]
-    y = labels
-    for stage in model.layers:
-        for i, block in enumerate(stage.blocks):
-            x = next(inputs)
-            assert list(x.shape[1:3]) == size
-            move = swin_matrix(block, x, size, shifted=i % 2 == 1)  # (B, N, N)
-            y = (y + move @ y) / 2
-        if stage.downsample is not None:
-            y = torch.einsum("ij,bjk->bik", merge_matrix(size).to(y), y)
-            size = [(side + 1) // 2 for side in size]
-    return y.mean(1)
-
-
-def swin_matrix(block, x, size, shifted):
-    w, table = block.window, block.attn.relative_position_bias_table
-    shift = [w // 2 if shifted and side > w else 0 for side in size]
-    at = [(r, c) for r in range(size[0]) for c in range(size[1])]
-    # Token (r, c) stands in window (r - shift) // w of the shifted grid; what is shifted over the border
-    # shares a window with no one but its like, which floor division of negative numbers says by itself.
-    window = [tuple((p - s) // w for p, s in zip(rc, shift)) for rc in at]
-    n = len(at)
-    allowed = torch.tensor([[window[i] == window[j] for j in range(n)] for i in range(n)])
-    offset = [[(at[i][0] - at[j][0], at[i][1] - at[j][1]) for j in range(n)] for i in range(n)]
-    index = torch.tensor(
-        [
-            [
-                (dr + w - 1) * (2 * w - 1) + dc + w - 1 if allowed[i][j] else 0
-                for j, (dr, dc) in enumerate(row)
-            ]
-            for i, row in enumerate(offset)
-        ]
-    )
-    moves = []
-    for image in x:
-        q, k = heads_of(block.attn, block.norm1(image.reshape(n, -1)))
-        scores = torch.einsum("hid,hjd->hij", q, k) / math.sqrt(q.shape[-1])
-        weights = (scores + table[index].permute(2, 0, 1)).exp() * allowed
-        moves.append((weights / weights.sum(-1, keepdim=True)).mean(0))
-    return torch.stack(moves)
-
-
-def merge_matrix(size):
-    rows, cols = [(side + 1) // 2 for side in size]
-    matrix = torch.zeros(rows * cols, size[0] * size[1])
-    for r in range(size[0]):
-        for c in range(size[1]):
-            matrix[r // 2 * cols + c // 2, r * size[1] + c] = 1
-    return matrix / matrix.sum(1, keepdim=True)
-
-
-def blocks_of(model):
-    return [m for m in model.modules() if type(m).__name__ == "Block"]
-
-
-def block_inputs(model, images):
-    seen = []
-    hooks = [b.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for b in blocks_of(model)]
+    hooks = [block.register_forward_pre_hook(record) for block in find_blocks(model)]
     model(images)
     for hook in hooks:
         hook.remove()
-    return seen
+    return inputs
+
+
+def queries_and_keys(block, x):
+    """One image's tokens (N, dim) to queries and keys (heads, N, head_dim)."""
+    q, k, _ = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+    num_heads = block.attn.num_heads
+    q = q.reshape(len(x), num_heads, -1).transpose(0, 1)
+    k = k.reshape(len(x), num_heads, -1).transpose(0, 1)
+    return q, k
+
+
+def vit_attention_matrix(block, x):
+    """x: (N, dim), one image. Returns A, averaged over the heads, (N, N)."""
+    q, k = queries_and_keys(block, x)
+    scores = torch.einsum("hid,hjd->hij", q, k) / math.sqrt(q.shape[-1])
+    weights = scores.exp()
+    return (weights / weights.sum(-1, keepdim=True)).mean(0)
+
+
+def vit_reference_labels(model, images, labels):
+    inputs = record_block_inputs(model, images)
+    class_labels = []
+    for image in range(len(images)):
+        y = torch.cat([labels[image].mean(0, keepdim=True), labels[image]])
+        for block, x in zip(model.blocks, inputs, strict=True):
+            y = (y + vit_attention_matrix(block, x[image]) @ y) / 2
+        class_labels.append(y[0])
+    return torch.stack(class_labels)
+
+
+def swin_attention_matrix(block, x, is_shifted):
+    """x: (H, W, dim), one image. Returns A, averaged over the heads, (H * W, H * W)."""
+    height, width = x.shape[:2]
+    w = block.window_size
+    row_shift = w // 2 if is_shifted and height > w else 0
+    col_shift = w // 2 if is_shifted and width > w else 0
+    q, k = queries_and_keys(block, x.flatten(0, 1))
+    weights = torch.zeros(block.attn.num_heads, height * width, height * width, dtype=x.dtype)
+    for i in range(height * width):
+        for j in range(height * width):
+            row_i, col_i = divmod(i, width)
+            row_j, col_j = divmod(j, width)
+            # Shifted windows start at -w + shift, shift, w + shift, ... No window wraps around.
+            same_row = (row_i - row_shift) // w == (row_j - row_shift) // w
+            same_col = (col_i - col_shift) // w == (col_j - col_shift) // w
+            if same_row and same_col:
+                index = (row_i - row_j + w - 1) * (2 * w - 1) + (col_i - col_j + w - 1)
+                score = (q[:, i] * k[:, j]).sum(-1) / math.sqrt(q.shape[-1])
+                score = score + block.attn.relative_position_bias_table[index]
+                weights[:, i, j] = score.exp()
+    return (weights / weights.sum(-1, keepdim=True)).mean(0)
+
+
+def merge_matrix(height, width):
+    """The matrix that averages 2 x 2 neighbours, or those of them that exist."""
+    new_height = math.ceil(height / 2)
+    new_width = math.ceil(width / 2)
+    matrix = torch.zeros(new_height * new_width, height * width, dtype=torch.float64)
+    for row in range(height):
+        for col in range(width):
+            matrix[row // 2 * new_width + col // 2, row * width + col] = 1
+    return matrix / matrix.sum(1, keepdim=True)
+
+
+def swin_reference_labels(model, images, labels):
+    inputs = record_block_inputs(model, images)
+    mean_labels = []
+    for image in range(len(images)):
+        block_inputs = iter(inputs)
+        y = labels[image]
+        for stage in model.layers:
+            for i, block in enumerate(stage.blocks):
+                x = next(block_inputs)[image]
+                y = (y + swin_attention_matrix(block, x, is_shifted=i % 2 == 1) @ y) / 2
+            if stage.downsample is not None:
+                y = merge_matrix(*x.shape[:2]) @ y
+        mean_labels.append(y.mean(0))
+    return torch.stack(mean_labels)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
-def test_labels_move_as_the_layers_move_tokens(setting, fused):
-    make, images, labels = setting
-    model = make(fused=fused).double()
-    images, labels = images.double(), labels.double()
-    reference = vit_reference if isinstance(model, vit.ViT) else swin_reference
+def test_labels_match_token_by_token_reference(case, fused):
+    build_model, images, labels = case
+    model = build_model(fused=fused).double()
+    images = images.double()
+    labels = labels.double()
+    if isinstance(model, vit.ViT):
+        expected = vit_reference_labels(model, images, labels)
+    else:
+        expected = swin_reference_labels(model, images, labels)
     _, aligned = model(images, labels)
-    expected = reference(model, images, labels)
-    torch.testing.assert_close(aligned, expected, atol=1e-6, rtol=0)
-    assert (aligned - labels.mean(1)).abs().max() > 1e-3  # and they do move
+    torch.testing.assert_close(aligned, expected, atol=1e-10, rtol=0)
+    assert (aligned - labels.mean(1)).abs().max() > 1e-3  # alignment does change the labels
 
 
-# --- Facts of the rules.
+def authors_loss(model, images, mask, targets, smoothing):
+    """The rule of the authors' code (github.com/Euphoria16/TL-Align): dense smoothed labels, which
+    every block updates, and soft-target cross-entropy with the class token's label."""
+    num_classes = model.head.out_features
+    off_value = smoothing / num_classes
+    on_value = 1 - smoothing + off_value
+    first = torch.full((len(images), num_classes), off_value, dtype=images.dtype)
+    first.scatter_(1, targets[:, None], on_value)
+    second = tl_align.partner(first)
+
+    is_pasted = mask[:, 0, :: model.patch_size, :: model.patch_size].flatten(1).bool()  # (B, N)
+    area = mask.mean((1, 2, 3))[:, None]
+    patch_labels = torch.where(is_pasted[:, :, None], second[:, None], first[:, None])
+    class_label = (1 - area) * first + area * second
+    labels = torch.cat([class_label[:, None], patch_labels], dim=1)  # (B, 1 + N, num_classes)
+
+    x = model.patch_embed(images).flatten(2).transpose(1, 2)
+    x = torch.cat([model.cls_token.expand(len(images), -1, -1), x], dim=1) + model.pos_embed
+    for block in model.blocks:
+        qkv = block.attn.qkv(block.norm1(x))
+        q, k, v = rearrange(qkv, "b n (c h d) -> c b h n d", c=3, h=block.attn.num_heads)
+        scale = q.shape[-1] ** -0.5
+        attn = (q @ k.transpose(-2, -1) * scale).softmax(dim=-1)
+        labels = (attn.detach().mean(1) @ labels + labels) / 2
+        x = x + block.attn.proj(rearrange(attn @ v, "b h n d -> b n (h d)"))
+        x = x + block.mlp(block.norm2(x))
+    log_probabilities = model.head(model.norm(x)[:, 0]).log_softmax(-1)
+    return -(labels[:, 0] * log_probabilities).sum(-1).mean()
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("fused", [False, True])
+def test_loss_and_gradients_match_the_authors_rule(fused, smoothing):
+    model = small_vit(fused=fused).double()
+    images = torch.randn(4, 3, 24, 24, dtype=torch.float64)
+    targets = torch.tensor([3, 1, 0, 6])
+    rand = torch.tensor([[0.5, 0.4, 0.5], [0.3, 0.0, 0.9], [0.8, 0.6, 0.1], [0.1, 0.5, 0.5]])
+    mask = tl_align.cutmix_mask(rand.double(), (24, 24), model.patch_size).double()
+    images = tl_align.mix(images, mask)
+
+    logits, share = model(images, tl_align.token_labels(mask, model.patch_size))
+    loss = tl_align.mixed_cross_entropy(logits, targets, share, smoothing)
+    expected_loss = authors_loss(model, images, mask, targets, smoothing)
+    torch.testing.assert_close(loss, expected_loss)
+
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    expected_gradients = torch.autograd.grad(expected_loss, list(model.parameters()))
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+# ------------------------------------------------------------------------------------------------
+# The label rules.
+
+
+def test_align_of_two_tokens_matches_a_calculation_by_hand():
+    labels = torch.tensor([[[0.0], [1.0]]])
+    first_head = torch.tensor([[0.5, 0.5], [1.0, 0.0]])
+    second_head = torch.tensor([[0.0, 1.0], [0.5, 0.5]])
+    attn = torch.stack([first_head, second_head])[None]  # on average [[0.25, 0.75], [0.75, 0.25]]
+    assert tl_align.attend(labels, attn).flatten().tolist() == [0.75, 0.25]
+    assert tl_align.align(labels, attn).flatten().tolist() == [0.375, 0.625]
+
+
+def test_class_token_starts_with_the_mean_of_the_patch_labels():
+    labels = torch.tensor([[[0.0], [1.0], [1.0], [1.0]]])
+    assert tl_align.add_class_token(labels).flatten().tolist() == [0.75, 0, 1, 1, 1]
+
+
+def test_rules_pass_none_through():
+    attn = torch.rand(2, 4, 5, 5)
+    q = torch.rand(2, 4, 5, 8)
+    assert tl_align.add_class_token(None) is None
+    assert tl_align.attend(None, attn) is None
+    assert tl_align.attend_fused(None, q, q) is None
+    assert tl_align.residual(None, None) is None
+    assert tl_align.align(None, attn) is None
+    assert swin.window_partition(None, 4, (0, 0)) is None
+    assert swin.window_reverse(None, 4, (0, 0), (8, 8)) is None
+    assert swin.merge_labels(None) is None
+
+
+def test_attend_keeps_labels_in_float32_under_autocast():
+    labels = torch.rand(2, 5, 1)
+    attn = torch.rand(2, 4, 5, 5).softmax(-1)
+    expected = tl_align.attend(labels, attn)
+    with torch.autocast("cpu", torch.bfloat16):
+        attended = tl_align.attend(labels, attn)
+    assert attended.dtype == torch.float32
+    torch.testing.assert_close(attended, expected)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("fused", [False, True])
-def test_one_share_a_token_equals_dense_class_labels(setting, fused):
-    make, images, share = setting
-    model = make(fused=fused)
-    own, other = F.one_hot(torch.tensor([[3, 1], [0, 4]]), 20).float().unbind(1)
-    dense = (1 - share) * own[:, None] + share * other[:, None]  # (B, N, 20): wider than a head
-    aligned, dense_aligned = model(images, share)[1], model(images, dense)[1]
-    expected = (1 - aligned) * own + aligned * other
+def test_one_share_per_token_equals_dense_class_labels(case, fused):
+    build_model, images, share = case
+    model = build_model(fused=fused)
+    first = F.one_hot(torch.tensor([3, 0]), 20).float()  # more classes than a head has channels
+    second = F.one_hot(torch.tensor([1, 4]), 20).float()
+    dense_labels = (1 - share) * first[:, None] + share * second[:, None]  # (B, N, 20)
+    _, aligned = model(images, share)
+    _, dense_aligned = model(images, dense_labels)
+    expected = (1 - aligned) * first + aligned * second
     torch.testing.assert_close(dense_aligned, expected, atol=1e-5, rtol=0)
 
 
 @torch.no_grad()
-def test_rows_sum_to_one_in_every_layer(setting):
-    make, images, share = setting
+@pytest.mark.parametrize("fused", [False, True])
+def test_rows_sum_to_one_in_every_layer(case, fused):
+    build_model, images, share = case
     labels = torch.cat([1 - share, 0.3 * share, 0.7 * share], dim=-1)
-    for label_map, read in make().layer_labels(images, labels):
-        for y in (label_map, read):
-            torch.testing.assert_close(y.sum(-1), torch.ones(y.shape[:-1]))
-            assert y.min() >= 0
+    layers = build_model(fused=fused).intermediate_labels(images, labels)
+    for label_map, pooled_label in layers:
+        torch.testing.assert_close(label_map.sum(-1), torch.ones(label_map.shape[:-1]))
+        torch.testing.assert_close(pooled_label.sum(-1), torch.ones(2))
+        assert label_map.min() >= 0
+        assert pooled_label.min() >= 0
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("share", [0.0, 1.0, 0.37], ids=["unmixed", "all of the other", "mixup"])
-def test_a_share_that_is_the_same_everywhere_stays_as_it_is(setting, share):
-    make, images, labels = setting
-    _, aligned = make()(images, torch.full_like(labels, share))
+def test_intermediate_labels_start_with_the_given_and_end_with_the_aligned_labels(case):
+    build_model, images, labels = case
+    model = build_model()
+    layers = model.intermediate_labels(images, labels)
+    _, aligned = model(images, labels)
+    assert len(layers) == model.depth + 1
+    first_map, first_label = layers[0]
+    assert torch.equal(first_map.flatten(1, 2), labels)
+    torch.testing.assert_close(first_label, labels.mean(1))
+    torch.testing.assert_close(layers[-1][1], aligned)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.37], ids=["unmixed", "all-partner", "mixup"])
+def test_equal_labels_stay_unchanged(case, share):
+    build_model, images, labels = case
+    _, aligned = build_model()(images, torch.full_like(labels, share))
     torch.testing.assert_close(aligned, torch.full((2, 1), share), atol=1e-6, rtol=0)
 
 
 @torch.no_grad()
-def test_logits_are_the_same_with_and_without_labels(setting):
-    make, images, labels = setting
-    for fused in (False, True):
-        model = make(fused=fused)
-        assert torch.equal(model(images), model(images, labels)[0])
+@pytest.mark.parametrize("fused", [False, True])
+def test_logits_do_not_depend_on_labels(case, fused):
+    build_model, images, labels = case
+    model = build_model(fused=fused)
+    logits, _ = model(images, labels)
+    assert torch.equal(logits, model(images))
 
 
-def test_no_gradient_reaches_the_network_through_labels(setting):
-    make, images, labels = setting
-    for kwargs in ({"fused": False}, {"fused": True}):
-        _, aligned = make(**kwargs)(images, labels)
-        assert not aligned.requires_grad
+@pytest.mark.parametrize("fused", [False, True])
+def test_aligned_labels_carry_no_gradient(case, fused):
+    build_model, images, labels = case
+    logits, aligned = build_model(fused=fused)(images, labels)
+    assert logits.requires_grad
+    assert not aligned.requires_grad
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_mixed_cross_entropy_equals_cross_entropy_with_the_dense_target(smoothing):
+    logits = torch.randn(8, 10)
+    targets = torch.randint(10, (8,))
+    share = torch.rand(8, 1)
+    one_hot = F.one_hot(targets, 10).float()
+    dense_target = (1 - share) * one_hot + share * tl_align.partner(one_hot)
+    expected = F.cross_entropy(logits, dense_target, label_smoothing=smoothing)
+    loss = tl_align.mixed_cross_entropy(logits, targets, share, smoothing)
+    torch.testing.assert_close(loss, expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# Explicit and fused attention, precision, compilation.
+
+
+def loss_gradients(model, images, labels, rand=None):
+    """The gradients of the loss with aligned labels, as one vector."""
+    model.zero_grad()
+    logits, aligned = model(images, labels, rand=rand)
+    targets = torch.arange(len(images))
+    tl_align.mixed_cross_entropy(logits, targets, aligned).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def test_explicit_and_fused_attention_agree(case):
+    build_model, images, labels = case
+    explicit = build_model(fused=False)
+    fused = build_model(fused=True)
+    with torch.no_grad():
+        outputs = explicit(images, labels)
+        torch.testing.assert_close(fused(images, labels), outputs, atol=1e-5, rtol=1e-5)
+    gradients = loss_gradients(explicit, images, labels)
+    fused_gradients = loss_gradients(fused, images, labels)
+    torch.testing.assert_close(fused_gradients, gradients, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_explicit_and_fused_attention_agree(setting):
-    make, images, labels = setting
-    for a, b in zip(make(fused=False)(images, labels), make(fused=True)(images, labels)):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
-
-
-@torch.no_grad()
-def test_explicit_and_fused_agree_under_bf16_within_its_error(setting):
-    make, images, labels = setting
+@pytest.mark.parametrize("fused", [False, True])
+def test_bf16_results_are_close_to_float32(case, fused):
+    build_model, images, labels = case
+    model = build_model(fused=fused)
+    exact_logits, exact_aligned = model(images, labels)
     with torch.autocast("cpu", torch.bfloat16):
-        explicit, fused = (make(fused=f)(images, labels) for f in (False, True))
-    exact = make()(images, labels)
-    for a, b, c in zip(explicit, fused, exact):
-        error = max((a.float() - c).abs().max(), (b.float() - c).abs().max(), 2**-8 * c.abs().max())
-        assert error < 0.06 * c.abs().max()  # 8 bits of mantissa, through a few layers
-        assert (a.float() - b.float()).abs().max() <= 2 * error
-    assert explicit[1].dtype == fused[1].dtype == torch.float32  # labels keep their precision
+        logits, aligned = model(images, labels)
+    assert aligned.dtype == torch.float32
+    # bf16 has 8 bits of precision, and its errors add up over the layers.
+    logits_error = (logits.float() - exact_logits).abs().max()
+    assert logits_error < 0.06 * exact_logits.abs().max()
+    assert (aligned - exact_aligned).abs().max() < 0.06 * exact_aligned.abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("fused", [False, True])
-def test_models_and_mixing_work_in_other_precisions(setting, fused, dtype):
-    make, images, _ = setting
-    model, images = make(fused=fused, drop_path=0.1).to(dtype).train(), images.to(dtype)
+def test_models_and_mixing_work_in_other_precisions(case, fused, dtype):
+    build_model, images, _ = case
+    model = build_model(fused=fused, drop_path_rate=0.1).to(dtype).train()
+    images = images.to(dtype)
     mask = tl_align.cutmix_mask(torch.rand(2, 3), images.shape[-2:], 4)
     logits, aligned = model(tl_align.mix(images, mask), tl_align.token_labels(mask, 4))
     loss = tl_align.mixed_cross_entropy(logits, torch.tensor([1, 2]), aligned)
-    assert logits.dtype == loss.dtype == dtype and logits.isfinite().all() and aligned.isfinite().all()
     loss.backward()
+    assert logits.dtype == dtype
+    assert loss.dtype == dtype
+    assert logits.isfinite().all()
+    assert aligned.isfinite().all()
 
 
-def test_gradients_of_explicit_and_fused_attention_agree(setting):
-    make, images, labels = setting
-    grads = []
-    for fused in (False, True):
-        model = make(fused=fused)
-        logits, aligned = model(images, labels)
-        tl_align.mixed_cross_entropy(logits, torch.tensor([1, 2]), aligned).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-4)
+def record_attention_calls(monkeypatch):
+    """Returns a list to which every call of fused attention adds its arguments, and whether the
+    cuDNN kernel is allowed."""
+    calls = []
+    original = F.scaled_dot_product_attention
+
+    def record(query, key, value, attn_mask=None):
+        cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+        calls.append({"query": query, "value": value, "bias": attn_mask, "cudnn": cudnn})
+        return original(query, key, value, attn_mask)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    return calls
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_two_cross_entropies_equal_the_dense_soft_target(smoothing):
-    logits, targets, share = torch.randn(8, 10), torch.randint(10, (8,)), torch.rand(8, 1)
-    one_hot = F.one_hot(targets, 10).float()
-    dense = (1 - share) * one_hot + share * tl_align.partner(one_hot)
-    expected = F.cross_entropy(logits, dense, label_smoothing=smoothing)
-    torch.testing.assert_close(tl_align.mixed_cross_entropy(logits, targets, share, smoothing), expected)
+@torch.no_grad()
+def test_fused_attention_of_the_vit_never_has_a_query_of_length_one(monkeypatch):
+    # Fused kernels may give NaN gradients for it: github.com/NVIDIA/cudnn-frontend/issues/1072.
+    model = small_vit(fused=True)
+    calls = record_attention_calls(monkeypatch)
+    model(torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1))
+    query_lengths = [call["query"].shape[-2] for call in calls]
+    assert query_lengths == [37, 37, 37, 37]  # tokens and labels in every block but the last
 
 
-def test_transmix_is_the_last_attention_over_the_mask_averaged_with_the_area():
-    torch.manual_seed(0)
-    model, images, labels = small_vit(), torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1)
-    logits, looks = model(images, looks=True)
-    share = tl_align.transmix(labels, looks)
-    assert torch.equal(logits, model(images)) and not share.requires_grad
-    x = block_inputs(model, images)[-1]
-    for image in range(2):
-        q, k = heads_of(model.blocks[-1].attn, model.blocks[-1].norm1(x[image]))
-        weights = (q[:, 0, None] * k / math.sqrt(k.shape[-1])).sum(-1).softmax(-1).mean(0)[1:]
-        seen = (weights * labels[image, :, 0]).sum() / weights.sum()
-        torch.testing.assert_close(share[image, 0], (seen + labels[image].mean()) / 2)
-    with pytest.raises(ValueError, match='pool="avg" has none'):
-        small_vit(pool="avg")(images, looks=True)
+@torch.no_grad()
+@pytest.mark.parametrize("img_size, window_size", [(224, 7), (384, 12)])
+def test_bias_of_fused_attention_is_contiguous_in_every_stage(img_size, window_size, monkeypatch):
+    model = swin.Swin(
+        img_size=img_size,
+        embed_dim=8,
+        depths=(2, 2, 2, 2),
+        num_heads=(1, 2, 2, 2),
+        window_size=window_size,
+        fused=True,
+    )
+    calls = record_attention_calls(monkeypatch)
+    num_patches = (img_size // 4) ** 2
+    model(torch.randn(1, 3, img_size, img_size), torch.rand(1, num_patches, 1))
+    assert len(calls) == 2 * model.depth  # tokens and labels
+    for call in calls:
+        assert call["bias"].is_contiguous()
+        assert call["bias"].stride(-1) == 1
+
+
+@torch.no_grad()
+def test_fused_labels_are_padded_to_the_width_of_the_queries(case, monkeypatch):
+    build_model, images, labels = case
+    model = build_model(fused=True)
+    calls = record_attention_calls(monkeypatch)
+    model(images, labels)
+    assert len(calls) > 0
+    for call in calls:
+        assert call["value"].shape == call["query"].shape
+
+
+@torch.no_grad()
+def test_fused_labels_are_copied_for_every_head(monkeypatch):
+    # Kernels may be wrong if heads share memory: github.com/pytorch/pytorch/issues/191937.
+    model = small_vit(fused=True)
+    calls = record_attention_calls(monkeypatch)
+    model(torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1))
+    label_calls = calls[1::2]
+    assert len(label_calls) == 2
+    for call in label_calls:
+        assert call["value"].is_contiguous()
+
+
+@torch.no_grad()
+def test_swin_computes_tokens_without_the_cudnn_kernel(monkeypatch):
+    # Its gradients can be NaN if there is a bias: github.com/pytorch/pytorch/issues/196678.
+    model = small_swin(fused=True)
+    calls = record_attention_calls(monkeypatch)
+    model(torch.randn(2, 3, 32, 32))
+    assert [call["cudnn"] for call in calls] == [False] * model.depth
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_a_last_block_of_the_class_token_alone_gives_what_the_whole_block_gives(fused, monkeypatch):
-    torch.manual_seed(0)
-    images, labels, targets = torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1), torch.tensor([1, 2])
-    model = small_vit(fused=fused, drop_path=0.3).double().train()
-    rand, forward, found = torch.rand(2, model.depth, 2), vit.Block.forward, []
-    for block in (forward, lambda self, x, y, keep, rows: forward(self, x, y, keep)):
-        monkeypatch.setattr(vit.Block, "forward", block)
-        model.zero_grad()
-        logits, aligned = model(images.double(), labels.double(), rand=rand)
-        tl_align.mixed_cross_entropy(logits, targets, aligned).backward()
-        found.append([logits, aligned, *(p.grad.clone() for p in model.parameters())])
-    for alone, whole in zip(*found, strict=True):
-        torch.testing.assert_close(alone, whole)
+@pytest.mark.parametrize("build_model, img_size", [(small_vit, 24), (small_swin, 32)])
+def test_training_step_compiles_without_graph_breaks(build_model, img_size, fused):
+    model = build_model(drop_path_rate=0.2, fused=fused).train()
+    images = torch.randn(4, 3, img_size, img_size)
+    labels = torch.rand(4, (img_size // 4) ** 2, 1)
+    rand = torch.rand(4, model.depth, 2)
+    expected = loss_gradients(model, images, labels, rand)
+    # This backend traces the forward and the backward pass, but generates no code, which is slow.
+    compiled_model = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = loss_gradients(compiled_model, images, labels, rand)
+    torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["vit", "swin-odd"])
+def test_exported_models_accept_other_batch_sizes(name):
+    build_model, (height, width) = CASES[name]
+    model = build_model().eval()
+    images = torch.randn(3, 3, height, width)
+    labels = torch.rand(3, (height // 4) * (width // 4), 1)
+    batch = torch.export.Dim("batch", max=4096)
+    shapes = ({0: batch}, {0: batch})
+    exported = torch.export.export(model, (images, labels), dynamic_shapes=shapes).module()
+    for size in (1, 2):
+        expected = model(images[:size], labels[:size])
+        torch.testing.assert_close(exported(images[:size], labels[:size]), expected)
+
+
+# ------------------------------------------------------------------------------------------------
+# The class-only last block, windows, drop path, and wrong shapes.
+
+
+def forward_with_full_last_block(model, images, labels, rand):
+    x, labels = model.embed(images, labels)
+    for i, block in enumerate(model.blocks):
+        x, labels = block(x, labels, (rand[:, i, 0], rand[:, i, 1]))
+    return model.head(model.norm(x[:, 0])), labels[:, 0]
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_class_only_last_block_matches_full_block(fused):
+    model = small_vit(fused=fused, drop_path_rate=0.3).double().train()
+    images = torch.randn(4, 3, 24, 24, dtype=torch.float64)
+    labels = torch.rand(4, 36, 1, dtype=torch.float64)
+    rand = torch.rand(4, model.depth, 2)
+    targets = torch.tensor([1, 2, 3, 4])
+    parameters = list(model.parameters())
+
+    logits, aligned = model(images, labels, rand)
+    expected_logits, expected_aligned = forward_with_full_last_block(model, images, labels, rand)
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(aligned, expected_aligned)
+
+    gradients = torch.autograd.grad(F.cross_entropy(logits, targets), parameters)
+    expected_loss = F.cross_entropy(expected_logits, targets)
+    expected_gradients = torch.autograd.grad(expected_loss, parameters)
+    torch.testing.assert_close(gradients, expected_gradients)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (7, 10)], ids=["tiled", "padded"])
+@pytest.mark.parametrize("shift", [(0, 0), (2, 2), (2, 0)])
+def test_window_reverse_undoes_window_partition(size, shift):
+    x = torch.randn(2, *size, 5)
+    windows = swin.window_partition(x, 4, shift)
+    assert windows.shape == (2, 6, 16, 5)
+    assert torch.equal(swin.window_reverse(windows, 4, shift, size), x)
+
+
+@pytest.mark.parametrize("module", [vit, swin], ids=["vit", "swin"])
+def test_drop_path_drops_a_whole_sample_or_scales_it(module):
+    drop_path = module.DropPath(0.25)
+    x = torch.randn(4, 3, 2)
+    rand = torch.tensor([0.0, 0.24, 0.25, 0.99])
+    expected = torch.stack([0 * x[0], 0 * x[1], x[2] / 0.75, x[3] / 0.75])
+    torch.testing.assert_close(drop_path(x, rand), expected)
+    torch.testing.assert_close(drop_path(x[1:], rand[1:]), expected[1:])  # whatever the batch
+    assert torch.equal(module.DropPath(0.0)(x, rand), x)
+    assert torch.equal(drop_path.eval()(x, rand), x)
+
+
+@pytest.mark.parametrize("module", [vit, swin], ids=["vit", "swin"])
+def test_drop_path_draws_one_number_per_sample(module):
+    x = module.DropPath(0.25)(torch.ones(10_000, 3, 2)).flatten(1)
+    assert torch.equal(x, x[:, :1].expand_as(x))
+    assert (x[:, 0] == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert x.mean().item() == pytest.approx(1, abs=0.02)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("build_model, img_size", [(small_vit, 24), (small_swin, 32)])
+def test_models_drop_the_branches_that_rand_selects(build_model, img_size):
+    images = torch.randn(4, 3, img_size, img_size)
+    model = build_model(drop_path_rate=0.5).train()
+    rand = torch.rand(4, model.depth, 2)
+    logits = model(images, rand=rand)
+    for sample in range(4):
+        # The same model without drop path, the last layer of each branch scaled instead.
+        scaled_model = build_model()
+        for i, block in enumerate(find_blocks(scaled_model)):
+            rate = 0.5 * i / (model.depth - 1)
+            for branch, last_layer in enumerate([block.attn.proj, block.mlp.fc2]):
+                scale = 0 if rand[sample, i, branch] < rate else 1 / (1 - rate)
+                last_layer.weight.mul_(scale)
+                last_layer.bias.mul_(scale)
+        expected = scaled_model(images[sample : sample + 1])
+        torch.testing.assert_close(logits[sample : sample + 1], expected, atol=1e-5, rtol=1e-5)
     model.eval()
-    _, aligned = model(images.double(), labels.double())
-    torch.testing.assert_close(model.layer_labels(images.double(), labels.double())[-1][1], aligned)
+    assert torch.equal(model(images, rand=rand), model(images))
 
 
-# --- Mixing.
+@pytest.mark.parametrize("build_model, size", CASES.values(), ids=CASES)
+def test_wrong_shapes_raise_an_error_that_names_the_expected_shape(build_model, size):
+    model = build_model()
+    images = torch.randn(2, 3, *size)
+    num_patches = size[0] // 4 * (size[1] // 4)
+    with pytest.raises(
+        ValueError, match=rf"\(2, {num_patches}, K\).*got \(2, {num_patches + 1}, 1\)"
+    ):
+        model(images, torch.rand(2, num_patches + 1, 1))
+    with pytest.raises(ValueError, match=rf"\(2, {num_patches}, K\).*got \(2, {num_patches}\)"):
+        model(images, torch.rand(2, num_patches))
+    with pytest.raises(ValueError, match=r"\(B, 3, .*got \(2, 3, 30, 30\)"):
+        model(torch.randn(2, 3, 30, 30))
+    with pytest.raises(ValueError, match="patches of 5 px do not tile an image of 24 x 24 px"):
+        build_model(img_size=24, patch_size=5)
 
 
-def test_partners_are_mutual_and_survive_cutting_the_batch_between_pairs():
+# ------------------------------------------------------------------------------------------------
+# Mixing.
+
+
+def test_partners_are_neighbours_and_mutual():
     x = torch.arange(8)
     assert tl_align.partner(x).tolist() == [1, 0, 3, 2, 5, 4, 7, 6]
-    assert torch.equal(tl_align.partner(x), torch.cat([tl_align.partner(x[:2]), tl_align.partner(x[2:])]))
+    assert torch.equal(tl_align.partner(tl_align.partner(x)), x)
     with pytest.raises(ValueError, match="even, got 3"):
         tl_align.partner(x[:3])
 
 
-def test_cutmix_pastes_boxes_that_lie_on_the_grid_of_patches():
-    torch.manual_seed(0)
-    images = torch.randn(64, 3, 24, 32)
+def test_splitting_a_batch_between_pairs_keeps_the_partners():
+    x = torch.arange(8)
+    parts = [tl_align.partner(x[:2]), tl_align.partner(x[2:])]
+    assert torch.equal(torch.cat(parts), tl_align.partner(x))
+
+
+def test_cutmix_box_covers_one_minus_lambda_and_is_clipped_at_the_border():
+    rand = torch.tensor([[0.75, 0.5, 0.5], [0.75, 0.0, 0.99], [1.0, 0.5, 0.5], [0.0, 0.5, 0.5]])
+    expected = torch.zeros(4, 1, 8, 8)
+    expected[0, 0, 2:6, 2:6] = 1  # half the side, a quarter of the image
+    expected[1, 0, :2, 5:] = 1  # clipped at the top right corner
+    expected[3] = 1  # lambda = 0: the whole image. lambda = 1 pastes nothing.
+    assert torch.equal(tl_align.cutmix_mask(rand, (8, 8)), expected)
+
+
+def test_cutmix_boxes_are_aligned_with_the_patch_grid():
     mask = tl_align.cutmix_mask(torch.rand(64, 3), (24, 32), patch_size=4)
     labels = tl_align.token_labels(mask, 4)
     assert set(labels.unique().tolist()) == {0.0, 1.0}  # no patch is cut through
-    for m in mask[:, 0].bool():  # one box: the product of its rows and its columns
-        assert torch.equal(m, m.any(1)[:, None] & m.any(0)[None, :])
-    mixed, pasted = tl_align.mix(images, mask), mask.bool().expand(-1, 3, -1, -1)
-    assert torch.equal(mixed[pasted], tl_align.partner(images)[pasted])
-    assert torch.equal(mixed[~pasted], images[~pasted])
     torch.testing.assert_close(labels.mean((1, 2)), mask.mean((1, 2, 3)))
-    assert 0.2 < mask.mean() < 0.5  # E = 1/2, less what the border cuts off
+    for sample in mask[:, 0].bool():
+        rows = sample.any(dim=1)
+        cols = sample.any(dim=0)
+        assert torch.equal(sample, rows[:, None] & cols[None, :])  # a single rectangle
+    assert 0.2 < mask.mean() < 0.5  # 1/2 on average, minus the clipped parts
 
 
-def test_first_labels_are_the_share_of_the_pixels_of_each_patch():
-    mask = torch.zeros(1, 1, 8, 12)
-    mask[..., :3, 4:] = 1  # three rows of the upper middle and upper right patch
-    assert tl_align.token_labels(mask, 4).flatten().tolist() == [0, 0.75, 0.75, 0, 0, 0]
-    with pytest.raises(ValueError, match="patches of 5 px do not tile an image of 8 x 12 px"):
-        tl_align.token_labels(mask, 5)
+def test_mix_pastes_the_partners_pixels_where_the_mask_is_one():
+    images = torch.randn(8, 3, 24, 32)
+    mask = tl_align.cutmix_mask(torch.rand(8, 3), (24, 32))
+    is_pasted = mask.bool().expand(-1, 3, -1, -1)
+    expected = torch.where(is_pasted, tl_align.partner(images), images)
+    assert torch.equal(tl_align.mix(images, mask), expected)
 
 
-def test_mixup_is_a_mask_that_is_the_same_everywhere():
-    images, rand = torch.randn(2, 3, 8, 8), torch.tensor([[0.7, 0, 0], [0.2, 0, 0]])
+def test_mixup_blends_every_pixel_with_the_same_share():
+    images = torch.randn(2, 3, 8, 8)
+    rand = torch.tensor([[0.7, 0, 0], [0.2, 0, 0]])
     mixed = tl_align.mix(images, tl_align.mixup_mask(rand, (8, 8)))
     torch.testing.assert_close(mixed[0], 0.7 * images[0] + 0.3 * images[1])
     torch.testing.assert_close(mixed[1], 0.2 * images[1] + 0.8 * images[0])
 
 
-# --- The models are the published ones.
+def test_token_labels_are_the_share_of_pasted_pixels_in_each_patch():
+    mask = torch.zeros(1, 1, 8, 12)
+    mask[..., :3, 4:] = 1  # three rows of the upper middle and the upper right patch
+    assert tl_align.token_labels(mask, 4).flatten().tolist() == [0, 0.75, 0.75, 0, 0, 0]
+    with pytest.raises(ValueError, match="patches of 5 px do not tile an image of 8 x 12 px"):
+        tl_align.token_labels(mask, 5)
 
 
-@torch.no_grad()
-def test_vit_equals_torchvisions():
-    theirs = torchvision.models.vit_b_16(num_classes=10).eval()
-    torch.nn.init.normal_(theirs.heads.head.weight, std=0.02)
-    names = [
-        ("conv_proj", "patch_embed.proj"),
-        ("class_token", "cls_token"),
-        ("encoder.pos_embedding", "pos_embed"),
-        ("encoder.layers.encoder_layer_", "blocks."),
-        ("ln_1", "norm1"),
-        ("ln_2", "norm2"),
-        ("self_attention.in_proj_", "attn.qkv."),
-        ("self_attention.out_proj", "attn.proj"),
-        ("mlp.0", "mlp.fc1"),
-        ("mlp.3", "mlp.fc2"),
-        ("encoder.ln", "norm"),
-        ("heads.head", "head"),
-    ]
-    assert_same_logits(vit.deit_base(num_classes=10).eval(), theirs, names)
+# ------------------------------------------------------------------------------------------------
+# The models are the published ones.
+
+TORCHVISION_VIT_NAMES = {
+    "conv_proj": "patch_embed.proj",
+    "class_token": "cls_token",
+    "encoder.pos_embedding": "pos_embed",
+    "encoder.layers.encoder_layer_": "blocks.",
+    "ln_1": "norm1",
+    "ln_2": "norm2",
+    "self_attention.in_proj_": "attn.qkv.",
+    "self_attention.out_proj": "attn.proj",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+    "encoder.ln": "norm",
+    "heads.head": "head",
+}
+
+TORCHVISION_SWIN_NAMES = {
+    "features.0.0": "patch_embed.proj",
+    "features.0.2": "patch_embed.norm",
+    "features.1.": "layers.0.blocks.",
+    "features.2.": "layers.0.downsample.",
+    "features.3.": "layers.1.blocks.",
+    "features.4.": "layers.1.downsample.",
+    "features.5.": "layers.2.blocks.",
+    "features.6.": "layers.2.downsample.",
+    "features.7.": "layers.3.blocks.",
+    "mlp.0": "mlp.fc1",
+    "mlp.3": "mlp.fc2",
+}
 
 
-@torch.no_grad()
-def test_swin_equals_torchvisions():
-    theirs = torchvision.models.swin_t(num_classes=10).eval()
-    names = [("features.0.0", "patch_embed.proj"), ("features.0.2", "patch_embed.norm")]
-    names += [(f"features.{2 * i + 1}.", f"layers.{i}.blocks.") for i in range(4)]
-    names += [(f"features.{2 * i + 2}.", f"layers.{i}.downsample.") for i in range(3)]
-    names += [("mlp.0", "mlp.fc1"), ("mlp.3", "mlp.fc2")]
-    for name, p in theirs.named_parameters():
-        if name.endswith("bias_table"):
-            torch.nn.init.normal_(p)
-    ours = swin.swin_tiny(num_classes=10).eval()
-    assert_same_logits(ours, theirs, names)  # their index buffers are left out by adapt
-    images, maps = torch.randn(1, 3, 224, 224), [f"features.{i}" for i in (1, 3, 5)] + ["norm"]
-    theirs = create_feature_extractor(theirs, maps)(images)
-    for map, name in zip(ours.features(images), maps, strict=True):
-        torch.testing.assert_close(map.movedim(1, -1), theirs[name], atol=1e-4, rtol=1e-4)
-
-
-def assert_same_logits(ours, theirs, names):
+def load_torchvision_weights(model, torchvision_model, new_names):
     state = {}
-    for key, value in theirs.state_dict().items():
-        for old, new in names:
-            key = key.replace(old, new)
-        state[key] = value
-    ours.load_state_dict(ours.adapt(state))
+    for name, tensor in torchvision_model.state_dict().items():
+        for old, new in new_names.items():
+            name = name.replace(old, new)
+        state[name] = tensor
+    model.load_state_dict(model.convert_state_dict(state))
+
+
+@torch.no_grad()
+def test_vit_equals_torchvision():
+    torchvision_model = torchvision.models.vit_b_16(num_classes=10).eval()
+    torch.nn.init.normal_(torchvision_model.heads.head.weight, std=0.02)  # it is zero at first
+    model = vit.deit_base(num_classes=10, init_std=None).eval()
+    load_torchvision_weights(model, torchvision_model, TORCHVISION_VIT_NAMES)
     images = torch.randn(2, 3, 224, 224)
-    torch.testing.assert_close(ours(images), theirs(images), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model(images), torchvision_model(images), atol=1e-4, rtol=0)
 
 
-SIZES = {
+def build_swin_and_torchvision_swin():
+    """Both with the same random weights."""
+    torchvision_model = torchvision.models.swin_t(num_classes=10).eval()
+    for name, parameter in torchvision_model.named_parameters():
+        if name.endswith("relative_position_bias_table"):
+            torch.nn.init.normal_(parameter)
+    model = swin.swin_tiny(num_classes=10, init_std=None).eval()
+    load_torchvision_weights(model, torchvision_model, TORCHVISION_SWIN_NAMES)
+    return model, torchvision_model
+
+
+@torch.no_grad()
+def test_swin_equals_torchvision_at_224_px_but_not_at_256_px_where_it_masks_padding():
+    model, torchvision_model = build_swin_and_torchvision_swin()
+    images = torch.randn(2, 3, 224, 224)
+    torch.testing.assert_close(model(images), torchvision_model(images), atol=1e-4, rtol=0)
+    images = torch.randn(2, 3, 256, 256)
+    assert (model(images) - torchvision_model(images)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_first_swin_block_differs_from_torchvision_only_in_windows_with_padding():
+    model, torchvision_model = build_swin_and_torchvision_swin()
+    images = torch.randn(2, 3, 256, 256)
+    x, _ = model.embed(images)
+    x, _ = model.layers[0].blocks[0](x)
+    torchvision_x = torchvision_model.features[0](images)
+    torchvision_x = torchvision_model.features[1][0](torchvision_x)
+    # Nine windows of 7 tokens cover 63 rows and columns of the 64 x 64 map. The last row and the
+    # last column share their windows with padding.
+    difference = (x - torchvision_x).abs().amax(-1)  # (B, 64, 64)
+    assert difference[:, :63, :63].max() < 1e-4
+    assert difference[:, 63].min() > 1e-3
+    assert difference[:, :, 63].min() > 1e-3
+
+
+MILLIONS_OF_PARAMETERS = {
     vit.deit_tiny: 5.7,
     vit.deit_small: 22.1,
     vit.deit_base: 86.6,
@@ -399,163 +771,132 @@ SIZES = {
 }
 
 
-@pytest.mark.parametrize("make", SIZES, ids=lambda make: make.__name__)
-def test_parameter_counts_are_the_published_ones(make):
+@pytest.mark.parametrize("build_model", MILLIONS_OF_PARAMETERS)
+def test_parameter_counts_are_the_published_ones(build_model):
     with torch.device("meta"):
-        assert round(sum(p.numel() for p in make().parameters()) / 1e6, 1) == SIZES[make]
+        model = build_model()
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert round(count / 1e6, 1) == MILLIONS_OF_PARAMETERS[build_model]
 
 
-BLOCK = """norm1.weight norm1.bias attn.qkv.weight attn.qkv.bias attn.proj.weight attn.proj.bias norm2.weight
-    norm2.bias mlp.fc1.weight mlp.fc1.bias mlp.fc2.weight mlp.fc2.bias""".split()
-ENDS = "patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias head.weight head.bias".split()
+@pytest.mark.parametrize("build_model", [vit.deit_tiny, swin.swin_tiny])
+def test_official_models_start_with_weights_of_std_0_02_and_biases_of_zero(build_model):
+    model = build_model()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05)
+            assert module.bias is None or module.bias.eq(0).all()
+    if isinstance(model, vit.ViT):
+        assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_official_sizes_start_as_published_and_narrow_ones_as_torch_starts_its_layers():
-    tiny, micro = vit.deit_tiny(), vit.vit_micro()
-    for model, std in ((tiny, 0.02), (micro, 64**-0.5 / 3**0.5), (swin.swin_tiny(), 0.02)):
-        first = next(m for m in model.modules() if isinstance(m, torch.nn.Linear))
-        assert first.weight.std().item() == pytest.approx(std, rel=0.03)
-    assert tiny.pos_embed.std().item() == pytest.approx(0.02, rel=0.02) and tiny.head.bias.eq(0).all()
-    grid = micro.pos_embed[0, 1:].unflatten(0, (8, 8)).detach()  # sines and cosines of row and column
-    expected = [math.sin(3), math.sin(5), math.cos(3), math.cos(5)]
-    assert grid[3, 5, ::16].tolist() == pytest.approx(expected) and micro.pos_embed.requires_grad
+@pytest.mark.parametrize("build_model", [vit.vit_micro, swin.swin_micro])
+def test_micro_models_keep_the_initialisation_of_pytorch(build_model):
+    for module in build_model().modules():
+        if isinstance(module, torch.nn.Linear):
+            bound = module.in_features**-0.5  # weights and biases are uniform in (-bound, bound)
+            assert module.weight.abs().max() <= bound
+            assert module.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert module.bias is None or module.bias.abs().max() > 0
 
 
-def test_parameter_names_are_those_of_deit():
-    names = [*ENDS, "cls_token", "pos_embed"] + [f"blocks.{i}.{k}" for i in range(12) for k in BLOCK]
-    assert sorted(vit.deit_tiny().state_dict()) == sorted(names)
+def test_vit_micro_starts_with_a_sine_cosine_position_embedding_and_trains_it():
+    pos_embed = vit.vit_micro().pos_embed
+    assert pos_embed.requires_grad
+    grid = pos_embed.detach()[0, 1:].unflatten(0, (8, 8))
+    expected = [math.sin(3), math.sin(5), math.cos(3), math.cos(5)]  # of the row and the column
+    assert grid[3, 5, ::16].tolist() == pytest.approx(expected)
 
 
-def test_parameter_names_are_those_of_microsofts_swin_and_its_buffers_are_ignored():
-    names = [*ENDS, "patch_embed.norm.weight", "patch_embed.norm.bias"]
-    for i, depth in enumerate((2, 2, 6, 2)):
-        keys = [*BLOCK, "attn.relative_position_bias_table"]
-        names += [f"layers.{i}.blocks.{j}.{k}" for j in range(depth) for k in keys]
-        if i < 3:
-            names += [f"layers.{i}.downsample.{k}" for k in ("norm.weight", "norm.bias", "reduction.weight")]
-    model = swin.swin_tiny()
-    state = model.state_dict()
-    assert sorted(state) == sorted(names)
-    buffers = {
-        "layers.0.blocks.1.attn_mask": torch.zeros(64, 49, 49),
-        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(49, 49),
-    }
-    model.load_state_dict(model.adapt({**state, **buffers}))
+# ------------------------------------------------------------------------------------------------
+# Checkpoints.
 
 
-def test_timms_names_of_swin_are_those_of_microsofts_with_merging_at_the_start_of_a_stage():
+def weights_and_biases(layers):
+    names = []
+    for layer in layers:
+        names += [f"{layer}.weight", f"{layer}.bias"]
+    return names
+
+
+BLOCK_NAMES = weights_and_biases(["norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"])
+OUTER_NAMES = weights_and_biases(["patch_embed.proj", "norm", "head"])
+
+
+def test_vit_has_the_parameter_names_of_deit():
+    expected = [*OUTER_NAMES, "cls_token", "pos_embed"]
+    for i in range(12):
+        expected += [f"blocks.{i}.{name}" for name in BLOCK_NAMES]
+    assert sorted(vit.deit_tiny().state_dict()) == sorted(expected)
+
+
+def test_swin_has_the_parameter_names_of_microsoft():
+    expected = [*OUTER_NAMES, "patch_embed.norm.weight", "patch_embed.norm.bias"]
+    for i, depth in enumerate([2, 2, 6, 2]):
+        for j in range(depth):
+            expected += [f"layers.{i}.blocks.{j}.{name}" for name in BLOCK_NAMES]
+            expected.append(f"layers.{i}.blocks.{j}.attn.relative_position_bias_table")
+    for i in range(3):
+        for name in ("norm.weight", "norm.bias", "reduction.weight"):
+            expected.append(f"layers.{i}.downsample.{name}")
+    assert sorted(swin.swin_tiny().state_dict()) == sorted(expected)
+
+
+def test_swin_ignores_the_buffers_in_microsofts_checkpoints():
     model = swin.swin_micro()
-    theirs = {
-        k.replace("layers.0.downsample", "layers.1.downsample"): v for k, v in model.state_dict().items()
-    }
-    theirs = {k.replace("head.", "head.fc."): v for k, v in theirs.items()}
-    assert "layers.1.downsample.reduction.weight" in theirs
-    adapted = model.adapt(theirs)
-    assert adapted.keys() == model.state_dict().keys()
-    assert all(torch.equal(adapted[k], v) for k, v in model.state_dict().items())
+    state = model.state_dict()
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(16, 16, 16)
+    state["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(16, 16)
+    model.load_state_dict(model.convert_state_dict(state))
 
 
-def test_positions_are_resized_for_another_image_size():
+def test_swin_converts_timms_parameter_names():
+    model = swin.swin_micro()
+    state = model.state_dict()
+    timm_state = {}
+    for name, tensor in state.items():
+        name = name.replace("layers.0.downsample.", "layers.1.downsample.")
+        name = name.replace("head.", "head.fc.")
+        timm_state[name] = tensor
+    assert "layers.1.downsample.reduction.weight" in timm_state
+    converted = model.convert_state_dict(timm_state)
+    assert converted.keys() == state.keys()
+    for name, tensor in state.items():
+        assert torch.equal(converted[name], tensor)
+
+
+def test_vit_loads_checkpoints_of_another_image_size():
     state = small_vit().state_dict()
-    larger = small_vit(img_size=48)
-    larger.load_state_dict(larger.adapt(state))
-    torch.testing.assert_close(larger.pos_embed[:, 0], state["pos_embed"][:, 0])
-    assert small_vit().adapt(state)["pos_embed"] is state["pos_embed"]  # the same size: untouched
-    distilled = {"pos_embed": torch.zeros(1, 38, 32)}  # two extra tokens: another model, left as it is
-    assert larger.adapt(distilled)["pos_embed"] is distilled["pos_embed"]
-    wider = small_swin(window=6)
-    wider.load_state_dict(wider.adapt(small_swin().state_dict()))
+    larger_model = small_vit(img_size=48)
+    larger_model.load_state_dict(larger_model.convert_state_dict(state))
+    assert torch.equal(larger_model.pos_embed[:, 0], state["pos_embed"][:, 0])
+    assert small_vit().convert_state_dict(state)["pos_embed"] is state["pos_embed"]
 
 
-@pytest.mark.parametrize("pool", ["cls", "avg"])
-@torch.no_grad()
-def test_a_vits_features_are_its_last_tokens_as_a_map_of_any_size(pool):
-    model, images = small_vit(pool=pool).eval(), torch.randn(2, 3, 24, 24)
-    tokens = []
-    model.norm.register_forward_hook(lambda module, args, output: tokens.append(output))
-    logits, map = model(images), model.features(images)
-    assert map.shape == (2, 32, 6, 6)
-    torch.testing.assert_close(map.flatten(2).mT, tokens[1][:, pool == "cls" :])
-    read = map.mean((2, 3)) if pool == "avg" else tokens[1][:, 0]
-    torch.testing.assert_close(model.head(read), logits)
-    larger = small_vit(img_size=48, pool=pool).eval()
-    larger.load_state_dict(larger.adapt(model.state_dict()))
-    images = torch.randn(2, 3, 48, 48)
-    torch.testing.assert_close(model.features(images), larger.features(images))
-    assert model.features(images[..., :20]).shape == (2, 32, 12, 5)
-    with pytest.raises(ValueError, match=r"multiples of 4, got \(2, 3, 48, 30\)"):
-        model.features(images[..., :30])
+def test_position_embedding_of_a_model_with_extra_tokens_is_unchanged():
+    pos_embed = torch.zeros(1, 2 + 36, 32)  # a class and a distillation token
+    converted = small_vit(img_size=48).convert_state_dict({"pos_embed": pos_embed})
+    assert converted["pos_embed"] is pos_embed
 
 
-def test_swins_features_are_of_any_size_and_the_last_is_what_the_head_averages():
-    model, images = small_swin().eval(), torch.randn(2, 3, 40, 28)
-    maps = model.features(images)
-    assert [tuple(m.shape) for m in maps] == [(2, 16, 10, 7), (2, 32, 5, 4)]
-    torch.testing.assert_close(model.head(maps[-1].mean((2, 3))), model(images))
-    with pytest.raises(ValueError, match=r"multiples of 4, got \(2, 3, 40, 30\)"):
-        model.features(torch.zeros(2, 3, 40, 30))
+def test_interpolated_position_embedding_keeps_rows_and_columns_apart():
+    rows, cols = torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij")
+    grid = torch.stack([rows, cols], dim=-1)  # (6, 6, 2)
+    pos_embed = torch.cat([torch.zeros(1, 2), grid.flatten(0, 1)])[None]
+    resized = vit.interpolate_pos_embed(pos_embed, (9, 12))[0, 1:].unflatten(0, (9, 12))
+    row_channel = resized[:, :, 0]
+    col_channel = resized[:, :, 1]
+    torch.testing.assert_close(row_channel, row_channel[:, :1].expand(9, 12))
+    torch.testing.assert_close(col_channel, col_channel[:1].expand(9, 12))
+    assert (row_channel.diff(dim=0) > 0).all()
+    assert (col_channel.diff(dim=1) > 0).all()
 
 
-@pytest.mark.parametrize("make, size", MODELS.values(), ids=MODELS)
-def test_shapes_that_do_not_fit_are_named(make, size):
-    model, images = make(), torch.randn(2, 3, *size)
-    tokens = size[0] // 4 * (size[1] // 4)
-    with pytest.raises(ValueError, match=rf"\(2, {tokens}, K\).*got \(2, {tokens + 1}, 1\)"):
-        model(images, torch.rand(2, tokens + 1, 1))
-    with pytest.raises(ValueError, match=r"\(B, 3, .*got \(2, 3, 30, 30\)"):
-        model(torch.randn(2, 3, 30, 30))
-    with pytest.raises(ValueError, match="patches of 5 px do not tile an image of 24 px"):
-        make(img_size=24, patch_size=5)
+def test_swin_loads_checkpoints_of_another_window_size():
+    table = torch.arange(7.0)[:, None].expand(7, 7).flatten()[:, None]  # the row offset, one head
+    resized = swin.interpolate_bias_table(table, 11**2).unflatten(0, (11, 11))[..., 0]
+    torch.testing.assert_close(resized, resized[:, :1].expand(11, 11))
+    assert (resized.diff(dim=0) > 0).all()
 
-
-def test_drop_path_drops_whole_branches_and_keeps_their_mean():
-    for make, images in ((small_vit, torch.randn(4, 3, 24, 24)), (small_swin, torch.randn(4, 3, 32, 32))):
-        model = make(drop_path=0.5)
-        rand = torch.ones(4, model.depth, 2)
-        rand[0] = 0.0  # the first sample loses every branch that can be lost
-        kept = model.train()(images, rand=rand)
-        alone = model(images[:1], rand=rand[:1])
-        torch.testing.assert_close(kept[:1], alone)  # a sample's draw is its own
-        gains = model._keep(images, rand)  # (depth, 2, B, ...)
-        rates = torch.linspace(0, 0.5, model.depth)
-        torch.testing.assert_close(gains[:, 0, 1].flatten(), 1 / (1 - rates))
-        assert gains[1:, :, 0].abs().max() == 0
-        assert torch.equal(model.eval()(images, rand=rand), model(images))
-
-
-@pytest.mark.parametrize(
-    "make, size, fused, backend",
-    [
-        (small_vit, 24, False, "inductor"),
-        (small_vit, 24, True, "aot_eager"),  # without kernels, which take long to build
-        (small_swin, 32, False, "aot_eager"),
-        (small_swin, 32, True, "aot_eager"),
-    ],
-    ids=["vit", "vit-fused", "swin", "swin-fused"],
-)
-def test_a_training_step_with_alignment_compiles_without_graph_breaks(make, size, fused, backend):
-    model = make(drop_path=0.2, fused=fused).train()
-    images, labels = torch.randn(4, 3, size, size), torch.rand(4, (size // 4) ** 2, 1)
-    rand, targets, grads = torch.rand(4, model.depth, 2), torch.tensor([1, 2, 3, 4]), []
-    for step in (model, torch.compile(model, fullgraph=True, backend=backend)):
-        model.zero_grad()
-        logits, aligned = step(images, labels, rand=rand)
-        tl_align.mixed_cross_entropy(logits, targets, aligned).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    torch.testing.assert_close(grads[0], grads[1], atol=1e-4, rtol=1e-3)
-
-
-@pytest.mark.parametrize("make, size", [MODELS["vit"], MODELS["swin-odd"]], ids=["vit", "swin"])
-def test_models_are_exported_and_traced_for_batches_of_any_size(make, size):
-    model, images = make().eval(), torch.randn(3, 3, *size)
-    labels = torch.rand(3, size[0] // 4 * (size[1] // 4), 1)
-    batch = {0: torch.export.Dim("batch", max=4096)}  # without an end, torch 2.6 finds no largest batch
-    exported = torch.export.export(model, (images, labels), dynamic_shapes=(batch, batch)).module()
-    for few in (1, 2, 3):
-        for a, b in zip(model(images[:few], labels[:few]), exported(images[:few], labels[:few])):
-            torch.testing.assert_close(a, b)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that images of another size may take another path
-        warnings.filterwarnings("error", ".*Using len", category=torch.jit.TracerWarning)
-        traced = torch.jit.trace(model, images)
-    torch.testing.assert_close(traced(images[:2]), model(images[:2]))
+    model = small_swin(window_size=6)
+    model.load_state_dict(model.convert_state_dict(small_swin().state_dict()))

@@ -1,559 +1,884 @@
 """Train a vision transformer with token-label alignment.
 
-    python train.py                                          # a micro model on built-in images, a minute
-    python train.py --data cifar10                           # a set that torchvision knows
-    python train.py --data /imagenet --model deit_small      # the paper's recipe, on every GPU it sees
-    python train.py --data /imagenet --model swin_tiny --targets area      # the CutMix baseline
-    python train.py --eval runs/shapes-vit_micro-cutmix-tl_align/best.pt
+    python train.py                                        # a small ViT on generated images
+    python train.py --data cifar10                         # a torchvision dataset
+    python train.py --data /imagenet --model deit_small    # the paper's recipe, on all GPUs
+    python train.py --data /imagenet --model deit_small --mix switch --targets area    # baseline
+    python train.py --data my_images --model deit_tiny --finetune deit_tiny_patch16_224.pth
+    python train.py --eval runs/shapes-vit_micro-cutmix-tl_align-0/best.pt
 
-Under torchrun, on one node or many, the same command joins its group of processes. A run's folder holds
-last.pt, best.pt, metrics.jsonl and config.json, and the same command continues a run that was stopped.
+Under torchrun, on one node or many, the same command joins the group of processes. A run's folder
+holds last.pt, best.pt, metrics.jsonl and config.json, and the same command resumes a stopped run.
 """
 
 import argparse
 import contextlib
 import copy
-import io
+import dataclasses
 import json
 import math
 import os
 import re
 import signal
 import sys
-import textwrap
 import time
-from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel as DDP
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils._pytree import tree_map_only
 
 import data
 import swin
 import tl_align
 import vit
-from data import Ended, bring, uniform
+from data import UserError, print0
 
-VITS = [vit.vit_micro, vit.deit_tiny, vit.deit_small, vit.deit_base]
-SWINS = [swin.swin_micro, swin.swin_tiny, swin.swin_small, swin.swin_base]
-MODELS = {make.__name__: make for make in VITS + SWINS}
-CPUS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-# A run that is continued may differ in these alone.
-FREE = set("data root micro_batch workers device compile save_minutes out resume eval".split())
-pair = lambda s: 1 if s.mix == "none" else 2  # images that a cut through a batch must not part
-LOG_SECONDS = 5  # between two lines of the log, about; so long may many processes take to answer a signal
+MODELS = {
+    "vit_micro": vit.vit_micro,
+    "deit_tiny": vit.deit_tiny,
+    "deit_small": vit.deit_small,
+    "deit_base": vit.deit_base,
+    "swin_micro": swin.swin_micro,
+    "swin_tiny": swin.swin_tiny,
+    "swin_small": swin.swin_small,
+    "swin_base": swin.swin_base,
+}
 
-# --- Settings. What is not given and has no default here is filled in by `recipe`.
+NUM_CPUS = len(os.sched_getaffinity(0))  # that this process may use
+
+# ------------------------------------------------------------------------------------------------
+# Recipes: the settings that are used where the command line gives none. `choose_recipe` starts
+# with one of the two long tables and applies the short ones, which say what differs.
+
+# DeiT's recipe, which the paper uses (Touvron et al. 2021, table 9, and main.py of their code),
+# for datasets of ImageNet's kind: 100,000 images or more, of more than 64 px.
+IMAGENET = {
+    "epochs": 300,
+    "batch_size": 1024,
+    "lr": 5e-4,  # for a batch of 512; scaled with the batch size
+    "warmup_epochs": 5,
+    "weight_decay": 0.05,
+    "clip_grad": 0.0,
+    "mix_prob": 1.0,
+    "augment": "full",
+    "aug_repeats": 3,
+}
+
+# DeiT's fine-tuning at a higher resolution (its README); the rate is for a batch of 512.
+IMAGENET_FINETUNE = {"epochs": 30, "lr": 5e-6, "weight_decay": 1e-8}
+
+# Smaller datasets, and images of up to 64 px. Measured on parts of CIFAR-10 at 32, 64 and 100 px,
+# see experiments/README.md.
+SMALL = {
+    "epochs": 100,
+    "batch_size": 128,
+    "lr": 1e-3,  # not scaled with the batch size
+    "warmup_epochs": 5,
+    "weight_decay": 0.05,
+    "clip_grad": 0.0,
+    "mix_prob": 0.5,
+    "augment": "light",
+    "aug_repeats": 1,
+}
+
+SMALL_FINETUNE = {"epochs": 30, "lr": 1e-4, "weight_decay": 1e-8}
+
+# Swin's own settings (Liu et al. 2021, appendix A2.1).
+SWIN = {"warmup_epochs": 20, "clip_grad": 5.0, "aug_repeats": 1}
+
+# Narrow models learn small datasets faster with a higher rate.
+SMALL_MICRO = {"lr": 3e-3}
+
+# The generated images, learned in a minute.
+SHAPES = {"epochs": 2, "batch_size": 64, "mix_prob": 1.0}
+
+# The rate of stochastic depth, as DeiT and Swin set it.
+DROP_PATH = {
+    "vit_micro": 0.0,
+    "deit_tiny": 0.1,
+    "deit_small": 0.1,
+    "deit_base": 0.1,
+    "swin_micro": 0.0,
+    "swin_tiny": 0.2,
+    "swin_small": 0.3,
+    "swin_base": 0.5,
+}
 
 
-def number(text, kind, low, below=math.inf):
-    """For argparse: a number of at least low and less than below."""
-    with contextlib.suppress(ValueError):
-        if low <= kind(text) < below:
-            return kind(text)
-    raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__} of at least {low} and below {below}")
+def choose_recipe(args, is_imagenet):
+    """The tables above that apply, merged."""
+    recipe = dict(IMAGENET if is_imagenet else SMALL)
+    if args.model.startswith("swin"):
+        recipe.update(SWIN)
+    if args.model.endswith("micro") and not is_imagenet:
+        recipe.update(SMALL_MICRO)
+    if args.data == "shapes":
+        recipe.update(SHAPES)
+    if args.finetune:
+        recipe.update(IMAGENET_FINETUNE if is_imagenet else SMALL_FINETUNE)
+    return recipe
 
 
-def refuse(message):
-    raise Ended(f"{message}; see --help")
+def fill_defaults(args, image_size, num_images, hflip=True):
+    """Fill in the settings that were not given.
+
+    image_size: the shorter side of the training images, in pixels. num_images: of the training set.
+    hflip: whether a mirrored image still shows its class. Returns args.
+    """
+    cuda = args.device == "cuda"
+    set_default(args, "img_size", default_img_size(image_size))
+    set_default(args, "patch_size", default_patch_size(args))
+    is_large = args.img_size > data.SMALL_SIZE
+    is_imagenet = is_large and num_images >= 100_000
+    recipe = choose_recipe(args, is_imagenet)
+    if not is_imagenet:  # at least 20 steps per epoch, and a pair of images for every process
+        batch_size = min(recipe["batch_size"], num_images // 20 // 2 * 2)
+        recipe["batch_size"] = max(batch_size, 2 * get_world_size())
+    set_default(args, "batch_size", recipe["batch_size"])
+    set_default(args, "epochs", recipe["epochs"])
+    if is_imagenet:
+        recipe["lr"] *= args.batch_size / 512
+    recipe["warmup_epochs"] = min(recipe["warmup_epochs"], args.epochs / 10)
+    for name, value in recipe.items():
+        set_default(args, name, value)
+    set_default(args, "drop_path", DROP_PATH[args.model])
+    set_default(args, "hflip", hflip)
+    set_default(args, "micro_batch", 32 if is_large and not cuda else 0)
+    set_default(args, "workers", min(NUM_CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
+    # A GPU that emulates bf16 is faster without it.
+    set_default(args, "bf16", cuda and torch.cuda.is_bf16_supported(including_emulation=False))
+    # Runs on small images may be over before the model is compiled.
+    set_default(args, "compile", cuda and is_large)
+    set_default(args, "log_interval", 10 if is_large and not cuda else 50)
+    name = f"{Path(args.data).resolve().name}-{args.model}-{args.mix}-{args.targets}-{args.seed}"
+    set_default(args, "out", f"runs/{name}")
+    return args
 
 
-def parse(argv):
-    """The settings that a command line gives, as a namespace. Raises Ended for what it can't mean."""
-    style = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "argument_default": argparse.SUPPRESS}
-    about = __doc__.split("\n")[0] + " Settings without a default fit the data and the model."
-    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, **style)
-    parser.error = refuse
-    add, switch, count = parser.add_argument, argparse.BooleanOptionalAction, lambda t: number(t, int, 1)
-    amount, share, devices = lambda t: number(t, float, 0), lambda t: number(t, float, 0, 1), ["cpu", "cuda"]
-    add("--data", default="shapes", help="shapes, a torchvision set, or a folder: train/CLASS/, val/CLASS/")
-    add("--root", default="data", help="folder that torchvision's sets are downloaded to")
-    add("--model", default="vit_micro", choices=MODELS, help="which model")
-    add("--mix", default="cutmix", choices=["cutmix", "mixup", "none"], help="how two images are mixed")
-    add("--unmixed", type=share, default=0.0, help="share of images that are left as they are")
-    add("--targets", default="tl_align", choices=["tl_align", "area", "transmix"], help="how it is labelled")
-    add("--img-size", type=count, help="side of the images in pixels")
-    add("--patch-size", type=count, help="side of a patch in pixels")
-    add("--epochs", type=count, help="passes over the training set")
-    add("--batch-size", type=count, help="images a step, whatever the number of processes")
-    add("--micro-batch", type=lambda t: number(t, int, 0), help="most images a process takes at once; 0: all")
-    add("--lr", type=lambda t: number(t, float, 1e-12), help="learning rate at its peak")
-    add("--warmup", type=amount, help="epochs in which the learning rate rises")
-    add("--weight-decay", type=amount, help="AdamW's decay of weight matrices")
-    add("--clip", type=amount, help="norm to clip the gradient at; 0: none")
-    add("--ema", type=share, default=0.0, help="decay of a running mean of the weights, as 0.9999; 0: none")
-    add("--smoothing", type=share, default=0.1, help="label smoothing")
-    add("--drop-path", type=share, help="rate of stochastic depth in the last block")
-    add("--augment", choices=["light", "full"], help="light: crop and flip; full: RandAugment, erasing too")
-    add("--repeats", type=count, help="crops of an image in an epoch (repeated augmentation)")
-    add("--seed", type=lambda t: number(t, int, 0, 2**63), default=0, help="of all randomness")
-    add("--workers", type=lambda t: number(t, int, 0), help="processes that decode, in shared memory")
-    add("--device", default=devices[torch.cuda.is_available()], choices=devices, help="cuda: on all GPUs")
-    add("--bf16", action=switch, help="compute in bfloat16 (autocast); the default on CUDA")
-    add("--compile", action=switch, help="use torch.compile (wants a C++ compiler); the default on CUDA")
-    add("--save-minutes", type=amount, default=15.0, help="minutes between checkpoints within an epoch")
+def set_default(args, name, value):
+    if getattr(args, name) is None:
+        setattr(args, name, value)
+
+
+def default_img_size(image_size):
+    """At most 224 px, rounded down to a multiple of 32, or of 4 for the smallest images."""
+    image_size = min(image_size, 224)
+    step = 32 if image_size >= 32 else 4
+    return max(4, image_size // step * step)
+
+
+def default_patch_size(args):
+    """About 64 to 200 tokens for a ViT. A Swin starts with smaller patches, as it merges them."""
+    if args.img_size <= 32:
+        vit_patch_size = 4
+    elif args.img_size <= 96:
+        vit_patch_size = 8
+    else:
+        vit_patch_size = 16
+    return min(vit_patch_size // 2, 4) if args.model.startswith("swin") else vit_patch_size
+
+
+# ------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def number(kind, low, high=1e12):
+    """The type of a flag: an int or a float between low and high."""
+
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # true for nan
+            raise ValueError
+        return value
+
+    parse.__name__ = f"{kind.__name__} from {low} to {high:g}"  # which argparse shows
+    return parse
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def make_parser():
+    parser = Parser(
+        description=__doc__.split("\n")[0],
+        epilog="A setting without a default here follows the recipe for the data and the model.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    switch = argparse.BooleanOptionalAction
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mixes = ["cutmix", "mixup", "switch", "none"]
+    add("--data", default="shapes", help="shapes, a torchvision dataset, or a folder [shapes]")
+    add("--root", default="data", help="folder of torchvision's datasets [data]")
+    add("--model", default="vit_micro", choices=MODELS)
+    add("--mix", default="cutmix", choices=mixes, help="switch: half by Mixup, half by CutMix")
+    add("--mix-prob", type=number(float, 0, 1), help="share of the images that are mixed")
+    add("--targets", default="tl_align", choices=["tl_align", "area"], help="[tl_align]")
+    add("--img-size", type=number(int, 1), help="in pixels")
+    add("--patch-size", type=number(int, 1), help="in pixels")
+    add("--epochs", type=number(int, 1))
+    add("--batch-size", type=number(int, 1), help="of all processes together")
+    add("--micro-batch", type=number(int, 0), help="images at a time per process; 0: all")
+    add("--lr", type=number(float, 1e-12), help="peak learning rate")
+    add("--warmup-epochs", type=number(float, 0))
+    add("--weight-decay", type=number(float, 0))
+    add("--clip-grad", type=number(float, 0), help="maximum gradient norm; 0: no clipping")
+    add("--ema-decay", type=number(float, 0, 1), default=0.0, help="average the weights; 0: off")
+    add("--smoothing", type=number(float, 0, 1), default=0.1, help="label smoothing [0.1]")
+    add("--drop-path", type=number(float, 0, 1), help="rate of stochastic depth in the last block")
+    add("--augment", choices=["light", "full"], help="full: with RandAugment and random erasing")
+    add("--hflip", action=switch, help="mirror half of the images")
+    add("--aug-repeats", type=number(int, 1), help="crops of an image per epoch")
+    add("--seed", type=number(int, 0), default=0, help="of all random numbers [0]")
+    add("--workers", type=number(int, 0), help="processes that decode images")
+    add("--device", default=device, choices=["cpu", "cuda"], help="cuda: all GPUs that it sees")
+    add("--bf16", action=switch, help="autocast to bfloat16")
+    add("--compile", action=switch, help="use torch.compile")
+    add("--save-minutes", type=number(float, 0), default=15.0, help="between checkpoints [15]")
+    add("--log-interval", type=number(int, 1), help="steps between two log lines")
     add("--out", help="folder of the run")
-    add("--resume", action=switch, default=True, help="continue the run in that folder; or start it over")
-    add("--init", default=None, help="checkpoint to start from: ours, DeiT's, Microsoft's or timm's")
-    add("--eval", default=None, help="checkpoint to evaluate instead; its settings are the defaults")
-    s = parser.parse_args(argv)
-    if s.eval:
-        saved = read_checkpoint(s.eval).get("settings", {})
-        known = {action.dest for action in parser._actions} - (FREE - {"data"})
-        parser.set_defaults(**{k: v for k, v in saved.items() if k in known})
-    s = parser.parse_args(argv)
-    if s.model not in MODELS:
-        refuse(f"{s.eval} is of a model {s.model!r}, which is not among {', '.join(MODELS)}")
-    if "" in vars(s).values():
-        refuse("a set, a folder or a file is given, but its name is empty")
-    return s
+    add("--resume", action=switch, default=True, help="continue the run in --out [yes]")
+    add("--finetune", metavar="FILE", help="checkpoint to start from")
+    add("--eval", metavar="FILE", help="checkpoint to evaluate, with its own settings as defaults")
+    return parser
 
 
-def recipe(s, side, images):
-    """Fill in what was not given: for images above 64 px the paper's recipe, or Swin's own; for others what
-    trains small models well; with --init, DeiT's for fine-tuning, of large ones at a tenth of the rate, above
-    224 px at a hundredth. side: of the images in pixels; images: how many to train on. Returns s."""
-    fill = vars(s).setdefault
-    swin_like, micro, tune = s.model.startswith("swin"), s.model.endswith("micro"), s.init is not None
-    large, cuda = vars(s).get("img_size", side) > data.SMALL, s.device == "cuda"
-    patch_size = fill("patch_size", (4 if swin_like else 16) if large else (2 if swin_like else 4))
-    fill("img_size", math.ceil(side / patch_size) * patch_size)
-    fill("epochs", 2 if s.data == "shapes" else 30 if tune else 300 if large else 100)
-    usual = vars(s).get("batch_size", 64 if s.data == "shapes" else 1024 if large else 128)
-    fill("batch_size", max(2, min(usual, images // 20 // 2 * 2)))  # some steps an epoch, at the usual rate
-    fill("micro_batch", 32 if large and not cuda else 0)
-    lr = 5e-4 * usual / 512 if large else 3e-3 if micro else 1e-3 * usual / 128
-    fill("lr", lr / (100 if tune and s.img_size > 224 else 10 if tune and large else 1))
-    fill("warmup", min(20 if swin_like else 5, s.epochs / 10))
-    fill("weight_decay", 1e-8 if tune else 0.05)
-    fill("clip", 5.0 if swin_like else 0.0)
-    rates = {"swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.5, "vit_micro": 0.0, "swin_micro": 0.0}
-    fill("drop_path", rates.get(s.model, 0.1))
-    fill("augment", "full" if large else "light")
-    fill("repeats", 3 if large and not swin_like else 1)
-    fill("workers", min(CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
-    fill("bf16", cuda)
-    fill("compile", cuda)
-    fill("out", f"runs/{Path(s.data).absolute().name}-{s.model}-{s.mix}-{s.targets}")
-    return s
+def parse_args(argv=None):
+    """The command line as a namespace; settings that it does not give are None, see
+    `fill_defaults`.
+    Raises UserError."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.eval:
+        saved = load_checkpoint(args.eval).get("args")
+        if isinstance(saved, dict):  # a checkpoint of this script
+            names = ["data", "root", "model", "img_size", "patch_size"]
+            parser.set_defaults(**{name: saved[name] for name in names if name in saved})
+            args = parser.parse_args(argv)
+        if args.model not in MODELS:
+            raise UserError(f"{args.eval} is of an unknown model, {args.model!r}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU is available; --device cpu works everywhere")
+    return args
 
 
-def check(s, images, processes):
-    """What only shows when settings and data are known. Raises Ended."""
-    least = processes * pair(s)
-    if s.batch_size % pair(s) or s.micro_batch % pair(s):
-        raise Ended(f"--batch-size {s.batch_size} and --micro-batch must be even: mixing takes pairs")
-    if not least <= s.batch_size <= images:
-        raise Ended(f"--batch-size must be from {least} to the {images} training images, got {s.batch_size}")
-    if s.targets == "transmix" and s.model.startswith("swin"):
-        raise Ended("--targets transmix needs a class token: take a ViT, such as vit_micro, not a Swin")
+def check_args(args, num_images):
+    """Raises UserError for settings that contradict each other. num_images: of the training set."""
+    for flag, value in (("--batch-size", args.batch_size), ("--micro-batch", args.micro_batch)):
+        if value % 2:
+            raise UserError(f"{flag} must be even, because images are mixed in pairs; got {value}")
+    smallest = 2 * get_world_size()
+    if not smallest <= args.batch_size <= num_images:
+        raise UserError(
+            f"--batch-size must be between {smallest} (two per process) and {num_images} (the "
+            f"training images), got {args.batch_size}"
+        )
+    if args.drop_path == 1:
+        raise UserError("--drop-path must be less than 1")
 
 
-def build(s, classes):
-    """The model. Swin's windows are 4 x 4 tokens for small images; for large ones the last stage is one
-    window where that is 7 x 7 or more, as at 224 px (7) and 384 px (12), and else 7 x 7."""
-    # Not cuDNN's attention, which newer torch prefers on H100: its gradients were NaN (pytorch issue 196678).
-    torch.backends.cuda.enable_cudnn_sdp(False)
-    options = {k: getattr(s, k) for k in ("img_size", "patch_size", "drop_path")}
-    if s.model.startswith("swin"):
-        small, last = s.img_size <= data.SMALL, 8 * s.patch_size
-        options["window"] = 4 if small else 7 if s.img_size % last else max(7, s.img_size // last)
-    try:
-        return MODELS[s.model](num_classes=classes, **options)
-    except ValueError as e:
-        raise Ended(f"--img-size does not fit {s.model}: {e}") from e
+# ------------------------------------------------------------------------------------------------
+# Processes. Each drives one device, and all of them together train on every batch.
 
 
-# --- Processes: each drives one device, all hold the same weights and share every batch. One alone is rank 0.
-
-rank = lambda: dist.get_rank() if dist.is_initialized() else 0
-world = lambda: dist.get_world_size() if dist.is_initialized() else 1
+def get_rank():
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def say(line):
-    """Print a line once, whatever the number of processes."""
-    if rank() == 0:
-        data.tell(line)
+def get_world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def agreed(line, status=2):
-    """What to raise where all processes end alike: one of them says why."""
-    return Ended(line if rank() == 0 else "", status)
-
-
-def from_processes(thing):
-    """What each process gives, as a list."""
-    things = [thing] * world()
-    if world() > 1:
-        dist.all_gather_object(things, thing)
-    return things
+def init_distributed(args, argv):
+    """Join the process group under torchrun. Without it, if there are several GPUs, start
+    torchrun with one process for each of them."""
+    if "RANK" in os.environ:
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=1))  # to download a dataset
+    elif args.device == "cuda" and torch.cuda.device_count() > 1:
+        num_gpus = torch.cuda.device_count()
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, NUM_CPUS // num_gpus)))
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, __file__, *argv])
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """SIGTERM, SIGUSR1, Ctrl-C and a closing terminal ask the run to stop. Yields a function that tells the
-    signal, or 0; a launcher that is gone counts as SIGTERM. A second signal ends the process at once, if it
-    comes a second later: launchers may pass on what the whole group got."""
-    asked, parent, launched = [], os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
+def first_process_first():
+    """The first process of a node runs the block before the others: it may have to download a
+    dataset, and it reports the user's errors once for all."""
+    is_first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if dist.is_initialized() and not is_first:
+        dist.barrier()
+    yield
+    if dist.is_initialized() and is_first:
+        dist.barrier()
 
-    def ask(number, frame):
-        if asked and time.monotonic() > asked[1] + 1:
-            os._exit(128 + number)
-        asked[:] = asked or [number, time.monotonic()]
 
-    hangup = [signal.SIGHUP] * (signal.getsignal(signal.SIGHUP) != signal.SIG_IGN)  # as under nohup
-    before = {n: signal.signal(n, ask) for n in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, *hangup)}
-    try:
-        yield lambda: asked[0] if asked else signal.SIGTERM * (launched and os.getppid() != parent)
-    finally:
-        for number, handler in before.items():
+def any_process(flag):
+    """Whether the flag is true on any process. Runs on the CPU: the device is not waited for."""
+    if get_world_size() == 1:
+        return flag
+    count = torch.tensor(int(flag))
+    dist.all_reduce(count)
+    return count.item() > 0
+
+
+class StopRequest:
+    """Notes a signal that asks the run to stop. It then saves a checkpoint and ends. A second
+    signal of the same kind ends the process at once.
+
+        with StopRequest() as stop:
+            ... if stop.signal: ...
+    """
+
+    def __init__(self):
+        self.signal = 0
+        self.signals = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+            self.signals.append(signal.SIGHUP)
+
+    def __enter__(self):
+        self.previous = [signal.signal(number, self.handle) for number in self.signals]
+        return self
+
+    def handle(self, number, frame):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def __exit__(self, *exception):
+        for number, handler in zip(self.signals, self.previous, strict=True):
             signal.signal(number, handler)
 
 
-# --- Checkpoints.
+# ------------------------------------------------------------------------------------------------
+# Checkpoints.
+
+FORMAT = "tl-align-1"  # marks the checkpoints of this script
 
 
-def read_checkpoint(path):
-    """A checkpoint as a dict with "model", the raw state dict, under whatever name and with whatever prefixes
-    the file has it. Nothing in it is run. Raises Ended where it is missing, damaged or no checkpoint."""
+def load_checkpoint(path):
+    """A checkpoint of this script, DeiT, timm or Microsoft as a dict whose "model" is the state
+    dict with the official names. No code in the file is executed. Raises UserError."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # DeiT's files hold the command line
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:  # no such file, or whatever a damaged one makes of the unpickler
-        reason = textwrap.shorten(str(e).split("WeightsUnpickler error: ")[-1], 120)
-        raise Ended(f"{path} can't be read, no checkpoint or a damaged one: {reason}") from e
-    kinds = ["model", "state_dict", "model_ema", "teacher", "student"]  # timm's are the state dict itself
-    state = next((saved[k] for k in kinds if k in saved), saved) if isinstance(saved, dict) else None
+        with torch.serialization.safe_globals([argparse.Namespace]):  # in DeiT's checkpoints
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise UserError(f"{path} cannot be loaded: {error}") from error
+    if not isinstance(checkpoint, dict):
+        raise UserError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
+    state = checkpoint  # as in timm's files
+    for key in ("model", "state_dict", "model_ema", "teacher"):
+        if key in checkpoint:
+            state = checkpoint[key]
+            break
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
-        raise Ended(f"{path} holds no model: expected a state dict, or a dict with one as 'model'")
-    prefix = r"^(module\.|_orig_mod\.|backbone\.)+"  # of DDP, of torch.compile, of DINO
-    return {**saved, "model": {re.sub(prefix, "", name): tensor for name, tensor in state.items()}}
+        raise UserError(f"{path} holds no model: expected a state dict, or one under 'model'")
+    # Prefixes of DistributedDataParallel, torch.compile and DINO.
+    prefix = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
+    state = {prefix.sub("", name): tensor for name, tensor in state.items()}
+    return {**checkpoint, "model": state}
 
 
-def write_beside(path, content):
-    """A file is whole or it is not there: written under another name, then renamed over the old one.
-    content: bytes. Raises Ended where it can't be written."""
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
-        raise Ended(f"{path} can't be written: {e.strerror}; what was there is as it was") from e
+def load_weights(model, path, classes, new_head=False):
+    """Load a checkpoint, its averaged weights if there are any, into a model.
 
-
-def kind(saved):
-    """What must stay the same for a run to go on: its settings, the number of its images, its classes."""
-    flags = {f"--{k.replace('_', '-')}": v for k, v in saved["settings"].items() if k not in FREE}
-    classes = {f"class {i}": name for i, name in enumerate(saved["classes"])}
-    return {**flags, "number of images": saved["images"], **classes}
-
-
-def differ(then, now):
-    """Where a checkpoint and what is here differ, in words, or "". Both are dicts of what there is."""
-    pairs = {k: (then.get(k, "missing"), now.get(k, "missing")) for k in {**now, **then}}
-    odd = [f"{k} is {that} there, {this} here" for k, (that, this) in pairs.items() if that != this]
-    return "".join(odd[:1]) + f" (one of {len(odd)} differences)" * (len(odd) > 1)
-
-
-def load_weights(model, saved, path, classes, new_head=False):
-    """Load a checkpoint, its running mean if it has one, into a model of the same kind, the rows of its head
-    in the order of these classes. new_head: keep the model's own head where the file has none for them, by
-    their names if it tells names. Raises Ended where anything else differs."""
-    state, own = model.adapt(saved.get("ema") or saved["model"]), model.state_dict()
-    names, head = saved["classes"] if "sums" in saved else classes, ["head.weight", "head.bias"]
-    if sorted(names) == sorted(classes) and len(state.get(head[0], [])) == len(classes):
-        row = {name: i for i, name in enumerate(names)}
-        state |= {k: state[k][[row[name] for name in classes]] for k in head if k in state}
-    elif new_head:
-        say(f"{path} has no head for these {len(classes)} classes, a new one is trained")
-        state |= {k: own[k] for k in head}
-    elif odd := differ(dict(enumerate(names)), dict(enumerate(classes))):
-        raise Ended(f"{path} was trained on other classes: number {odd}")
-    if odd := differ(*({k: tuple(v.shape) for k, v in d.items()} for d in (state, own))):
-        raise Ended(f"{path} is of another model: {odd}")
+    classes: the names of the model's classes. new_head: keep the model's own head if the
+    checkpoint has one for other classes, or none. Raises UserError if anything else differs.
+    """
+    checkpoint = load_checkpoint(path)
+    state = model.convert_state_dict(checkpoint.get("ema") or checkpoint["model"])
+    own_state = model.state_dict()
+    head = state.get("head.weight")
+    same_classes = checkpoint.get("classes", classes) == classes  # foreign files name no classes
+    head_fits = head is not None and len(head) == len(classes) and same_classes
+    if new_head and not head_fits:
+        print0(f"{path} has no head for these {len(classes)} classes: a new one is trained")
+        state["head.weight"] = own_state["head.weight"]
+        state["head.bias"] = own_state["head.bias"]
+    elif head is not None and not head_fits:
+        raise UserError(f"{path} was trained on other classes, or on classes in another order")
+    for name in sorted(own_state.keys() | state.keys()):
+        here = tuple(own_state[name].shape) if name in own_state else "missing"
+        there = tuple(state[name].shape) if name in state else "missing"
+        if here != there:
+            raise UserError(f"{path} is of another model: {name} is {there}, expected {here}")
     model.load_state_dict(state)
 
 
-# --- Training.
+# A run that is resumed may change these.
+RESUMABLE_ARGS = (
+    "data root device workers micro_batch compile log_interval save_minutes out".split()
+)
+RESUMABLE_ARGS += ["resume", "eval"]
 
 
-def lr_at(step, s, steps):
-    """The learning rate at a step: a line up from 1e-6, half a cosine down to 1e-5. steps: of an epoch."""
-    warmup, total = s.warmup * steps, s.epochs * steps
-    start, final = min(1e-6, s.lr), min(1e-5, s.lr)
-    if step < warmup:
-        return start + (s.lr - start) * step / warmup
-    return final + (s.lr - final) * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+def run_identity(args, datasets):
+    """The part of a checkpoint that tells which run it belongs to."""
+    num_images = [len(datasets.train), len(datasets.val)]
+    return {"args": vars(args), "classes": datasets.classes, "num_images": num_images}
 
 
-def optimizer(model, s):
-    """AdamW. Only matrices decay: not biases, norms, tokens, position embeddings or bias tables."""
-    spared = lambda name, p: p.dim() < 2 or name.endswith(("_token", "pos_embed", "bias_table"))
-    decay, rest = ([p for n, p in model.named_parameters() if spared(n, p) == flag] for flag in (False, True))
-    groups = [{"params": decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=s.lr, weight_decay=s.weight_decay, fused=True)
+def find_checkpoint(args, datasets):
+    """The last checkpoint in --out, or None. Raises UserError if it is of another run."""
+    path = Path(args.out, "last.pt")
+    if not args.resume or not path.exists():
+        return None
+    checkpoint = load_checkpoint(path)
+    if checkpoint.get("format") != FORMAT:
+        raise UserError(f"{path} was not written by this version of train.py: give another --out")
+    identity = run_identity(args, datasets)
+    names = ["classes", "num_images"]
+    changed = [name for name in names if checkpoint[name] != identity[name]]
+    for name, value in identity["args"].items():
+        saved = checkpoint["args"].get(name)
+        if name not in RESUMABLE_ARGS and saved != value:
+            changed.append(f"--{name.replace('_', '-')} {saved} (now {value})")
+    if changed:
+        raise UserError(
+            f"{args.out} holds a run with other settings or data: {', '.join(changed)}; "
+            "give another --out, or --no-resume to replace it"
+        )
+    return checkpoint
+
+
+def write_text(path, text):
+    """Write a file so that it is never seen half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training.
+
+
+def build_model(args, num_classes):
+    """The model, with initial weights that depend on --seed only. Raises UserError."""
+    options = {"img_size": args.img_size, "patch_size": args.patch_size}
+    options["drop_path_rate"] = args.drop_path
+    if args.model.startswith("swin"):
+        options["window_size"] = swin_window_size(args.img_size, args.patch_size)
+    torch.manual_seed(args.seed)
+    try:
+        return MODELS[args.model](num_classes=num_classes, **options)
+    except ValueError as error:
+        raise UserError(f"--img-size does not fit {args.model}: {error}") from error
+
+
+def swin_window_size(img_size, patch_size):
+    """7 at 224 px and 12 at 384 px, as in Microsoft's models: the last stage is one window. 4 for
+    small images, and 7 where the last stage would be smaller or is not a whole number of tokens."""
+    if img_size <= data.SMALL_SIZE:
+        return 4
+    if img_size % (8 * patch_size):
+        return 7
+    return max(7, img_size // (8 * patch_size))
+
+
+def lr_at(step, args, steps_per_epoch):
+    """The learning rate: linear warm-up from 1e-6, then half a cosine down to 1e-5 (DeiT)."""
+    warmup_steps = args.warmup_epochs * steps_per_epoch
+    total_steps = args.epochs * steps_per_epoch
+    start = min(1e-6, args.lr)
+    final = min(1e-5, args.lr)
+    if step < warmup_steps:
+        return start + (args.lr - start) * step / warmup_steps
+    done = (step - warmup_steps) / (total_steps - warmup_steps)
+    return final + (args.lr - final) * (1 + math.cos(math.pi * done)) / 2
+
+
+def make_optimizer(model, args):
+    """AdamW. Biases, norms, the class token, position embeddings and bias tables do not decay."""
+    decay, no_decay = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or name.endswith(("cls_token", "pos_embed", "bias_table")):
+            no_decay.append(parameter)
+        else:
+            decay.append(parameter)
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay, fused=True)
+
+
+MIXUP_ALPHA = 0.8  # lambda ~ Beta(0.8, 0.8), as in DeiT; for CutMix it is Beta(1, 1), uniform
+
+
+def draw_mixing(args, rand, step, share):
+    """How the images of a step are mixed.
+
+    rand: (b, 3), uniform: lambda, and the row and column of the centre of a CutMix box.
+    share: the slice of the batch that this process trains on, b images.
+    Returns the same (b, 3), with Mixup's lambda where Mixup is used and lambda = 1 for an image
+    that is not mixed; and whether Mixup is used, (b,).
+    """
+    choice = data.uniform((args.batch_size, 2), args.seed, "mix", step)[share]
+    mixup_lam = data.beta(MIXUP_ALPHA, args.batch_size, args.seed, "mixup", step)[share]
+    mixup_prob = {"cutmix": 0.0, "switch": 0.5, "mixup": 1.0}[args.mix]
+    is_mixup = choice[:, 0] < mixup_prob
+    lam = torch.where(is_mixup, mixup_lam, rand[:, 0])
+    lam[choice[:, 1] >= args.mix_prob] = 1.0
+    return torch.column_stack([lam, rand[:, 1:]]), is_mixup
+
+
+def make_mask(rand, is_mixup, size, patch_size):
+    """The mask (b, 1, H, W) of each image's partner. rand, is_mixup: from `draw_mixing`."""
+    cutmix_mask = tl_align.cutmix_mask(rand, size, patch_size)
+    mixup_mask = tl_align.mixup_mask(rand, size)
+    return torch.where(is_mixup[:, None, None, None], mixup_mask, cutmix_mask)
+
+
+def mixed_loss(model, images, targets, mask, rand, args):
+    """The loss of a batch.
+
+    images: (b, 3, H, W), normalized. targets: (b,). mask: (b, 1, H, W), or None without mixing.
+    rand: (b, depth, 2), for drop path. Returns the mean over the batch, a scalar.
+    """
+    if mask is None:
+        logits = model(images, rand=rand)
+        return F.cross_entropy(logits.float(), targets, label_smoothing=args.smoothing)
+    mixed = tl_align.mix(images, mask)
+    if args.targets == "area":
+        logits = model(mixed, rand=rand)
+        share = mask.mean((2, 3))
+    else:
+        labels = tl_align.token_labels(mask, args.patch_size)
+        logits, share = model(mixed, labels, rand=rand)
+    return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is; saved with its checkpoints."""
+
+    step: int = 0  # optimizer steps so far
+    best_top1: float = -1.0
+    history: list = dataclasses.field(default_factory=list)  # an entry per epoch, see `end_epoch`
+    epoch_loss: float = 0.0  # sums over the steps of the epoch so far
+    epoch_seconds: float = 0.0
+    epoch_waited: float = 0.0  # seconds waiting for data
 
 
 class Trainer:
-    """A model and its optimizer, and the step that trains them. raw: the model, with the official names; ddp:
-    the same, distributed; model: what a step calls, compiled as well; ema: the running mean of weights or
-    None; loss: what a step minimises; rows: this process's slice of a batch, cut between pairs."""
+    """A model, its optimizer, and the step that trains it.
 
-    def __init__(self, s, classes):
-        self.s, self.device, self.loss = s, torch.device(s.device), tl_align.mixed_loss
-        torch.manual_seed(s.seed)
-        self.raw = build(s, classes).to(self.device)
-        options = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-        self.ddp = DDP(self.raw, **options) if world() > 1 else self.raw
-        self.model = torch.compile(self.ddp) if s.compile else self.ddp
-        self.optimizer = optimizer(self.raw, s)
-        self.ema = copy.deepcopy(self.raw).requires_grad_(False) if s.ema else None
-        pairs = s.batch_size // pair(s)
-        self.rows = slice(*(pairs * r // world() * pair(s) for r in (rank(), rank() + 1)))
+    raw_model has the official parameter names, which DDP and compile prefix; model is what a step
+    calls; ema_model has the averaged weights, or is None. loss: a function like
+    `mixed_loss`.
+    """
 
-    def step(self, images, targets, step, steps, flip=True):
-        """One optimizer step. images, targets: this process's rows of the batch. step: its number in the run;
-        steps: of an epoch. Returns the batch's mean loss, on the device: nothing here waits for it."""
-        s, total = self.s, 0.0
+    def __init__(self, args, model, loss=mixed_loss):
+        self.args = args
+        self.loss = loss
+        self.raw_model = model.to(args.device)
+        self.ddp_model = self.raw_model
+        if get_world_size() > 1:
+            self.ddp_model = DistributedDataParallel(self.raw_model, gradient_as_bucket_view=True)
+        self.model = torch.compile(self.ddp_model) if args.compile else self.ddp_model
+        self.optimizer = make_optimizer(self.raw_model, args)
+        self.ema_model = None
+        if args.ema_decay:
+            self.ema_model = copy.deepcopy(self.raw_model).requires_grad_(False)
+        self.share = data.process_share(args.batch_size, get_rank(), get_world_size())
+
+    @property
+    def eval_model(self):
+        return self.raw_model if self.ema_model is None else self.ema_model
+
+    def train_step(self, images, targets, step, lr):
+        """One optimizer step on this process's share of a batch, uint8 (b, 3, S, S) and (b,).
+        Returns the mean loss of the whole batch, on the device, which is not waited for."""
+        args = self.args
         for group in self.optimizer.param_groups:
-            group["lr"] = lr_at(step, s, steps)
-        # A row a sample: 16 numbers for augmentation, 3 for mixing, 2 a block for drop path.
-        rand = uniform((s.batch_size, 19 + 2 * self.raw.depth), s.seed, "step", step)[self.rows]
-        rand[:, 16].div_(1 - s.unmixed).clamp_(max=1)  # at 1 nothing is pasted
-        size = s.micro_batch or len(images)
-        for start in range(0, len(images), size):
-            part, last = slice(start, start + size), start + size >= len(images)
-            batch = data.augment(images[part], rand[part, :16], flip, s.augment == "full")
-            # Gradients are summed here and averaged over the processes, once a step.
-            with contextlib.nullcontext() if last or self.ddp is self.raw else self.ddp.no_sync():
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=s.bf16):
-                    inputs = batch, targets[part], bring(rand[part, 16:], self.device)
-                    loss = self.loss(self.model, *inputs, s.patch_size, s.mix, s.targets, s.smoothing)
-                loss = loss * (len(batch) / s.batch_size)
-                (loss * world()).backward()
-            total = total + loss.detach()
-        if world() > 1:
-            dist.all_reduce(total)  # before the step is done, so that its loss is known wherever it is
-        if s.clip:
-            torch.nn.utils.clip_grad_norm_(self.raw.parameters(), s.clip)
+            group["lr"] = lr
+        # A row per sample: 16 numbers for augmentation, 3 for CutMix, 2 per block for drop path.
+        depth = self.raw_model.depth
+        rand = data.uniform((args.batch_size, 19 + 2 * depth), args.seed, "step", step)[self.share]
+        augment_rand, mix_rand, drop_path_rand = rand.split([16, 3, 2 * depth], dim=1)
+        drop_path_rand = data.to_device(drop_path_rand.unflatten(1, (depth, 2)), args.device)
+        if args.mix != "none":
+            mix_rand, is_mixup = draw_mixing(args, mix_rand, step, self.share)
+            mix_rand = data.to_device(mix_rand, args.device)
+            is_mixup = data.to_device(is_mixup, args.device)
+
+        total_loss = torch.zeros((), device=args.device)
+        micro_batch = args.micro_batch or len(images)
+        use_full = args.augment == "full"
+        for start in range(0, len(images), micro_batch):
+            part = slice(start, start + micro_batch)
+            batch = data.augment(images[part], augment_rand[part], args.hflip, use_full)
+            mask = None
+            if args.mix != "none":
+                size = batch.shape[-2:]
+                mask = make_mask(mix_rand[part], is_mixup[part], size, args.patch_size)
+            with self.sync_context(is_last=start + micro_batch >= len(images)):
+                with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
+                    inputs = batch, targets[part], mask, drop_path_rand[part]
+                    loss = self.loss(self.model, *inputs, args)
+                loss = loss * len(batch) / args.batch_size  # its part of the mean over the batch
+                (loss * get_world_size()).backward()  # the processes' gradients are averaged
+            total_loss += loss.detach()
+        if get_world_size() > 1:
+            dist.all_reduce(total_loss)
+
+        if args.clip_grad:
+            torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), args.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.ema is not None:
-            average = get_ema_multi_avg_fn(min(s.ema, (1 + step) / (10 + step)))  # short at first
-            average(list(self.ema.parameters()), list(self.raw.parameters()), None)
-        return total
+        self.update_ema(step)
+        return total_loss
+
+    def sync_context(self, is_last):
+        """Gradients are averaged over the processes in the last micro-batch only."""
+        if get_world_size() == 1 or is_last:
+            return contextlib.nullcontext()
+        return self.ddp_model.no_sync()
+
+    def update_ema(self, step):
+        if self.ema_model is not None:
+            decay = min(self.args.ema_decay, (1 + step) / (10 + step))  # shorter at first
+            update = get_ema_multi_avg_fn(decay)
+            update(list(self.ema_model.parameters()), list(self.raw_model.parameters()), None)
+
+    def save(self, path, progress, identity):
+        """Write a checkpoint on the first process. identity: see `run_identity`. A kill while it
+        is written leaves the old one whole."""
+        if get_rank() != 0:
+            return
+        checkpoint = {
+            "format": FORMAT,
+            "model": self.raw_model.state_dict(),
+            "ema": None if self.ema_model is None else self.ema_model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": dataclasses.asdict(progress),
+            **identity,
+        }
+        temporary = path.with_name(path.name + ".tmp")
+        torch.save(checkpoint, temporary)
+        os.replace(temporary, path)
+
+    def load(self, checkpoint):
+        """Continue from a checkpoint of this script. Returns its progress."""
+        self.raw_model.load_state_dict(checkpoint["model"])
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        if self.ema_model is not None:
+            self.ema_model.load_state_dict(checkpoint["ema"])
+        return Progress(**checkpoint["progress"])
+
+
+def train_one_epoch(trainer, loader, progress, stop, save):
+    """The rest of an epoch. Logs every --log-interval steps and calls save() every
+    --save-minutes.
+    Returns after the current step if any process was asked to stop."""
+    args = trainer.args
+    steps_per_epoch = len(loader)
+    epoch = len(progress.history)
+    end = (epoch + 1) * steps_per_epoch
+    loader.set_epoch(epoch, first_step=progress.step - epoch * steps_per_epoch)
+    trainer.raw_model.train()
+    batches = iter(loader)
+    losses, waited = [], 0.0  # since the last log line
+    log_time = save_time = time.perf_counter()
+    while progress.step < end:
+        wait_start = time.perf_counter()
+        images, targets = next(batches)
+        waited += time.perf_counter() - wait_start
+        lr = lr_at(progress.step, args, steps_per_epoch)
+        losses.append(trainer.train_step(images, targets, progress.step, lr))
+        progress.step += 1
+
+        stopping = any_process(stop.signal != 0)
+        if progress.step % args.log_interval and progress.step < end and not stopping:
+            continue
+        losses = torch.stack(losses).tolist()  # the only line of an epoch that waits for the device
+        now = time.perf_counter()
+        check_losses(losses, progress.step)
+        for loss in losses:  # one by one, so that the sum does not depend on the log interval
+            progress.epoch_loss += loss
+        progress.epoch_seconds += now - log_time
+        progress.epoch_waited += waited
+        if stopping:
+            return
+        if now - save_time > 60 * args.save_minutes:
+            save()
+            save_time = time.perf_counter()
+        print0(log_line(progress.step, losses, now - log_time, waited, args, steps_per_epoch))
+        losses, waited, log_time = [], 0.0, now
+
+
+def log_line(step, losses, seconds, waited, args, steps_per_epoch):
+    """losses: of the steps since the last line. seconds: their duration. waited: how much
+    of it was spent waiting for data."""
+    epoch = (step - 1) // steps_per_epoch + 1
+    total_steps = args.epochs * steps_per_epoch
+    steps_per_s = len(losses) / seconds
+    return (
+        f"epoch {epoch}/{args.epochs}  step {step}/{total_steps}"
+        f"  loss {sum(losses) / len(losses):.4f}  lr {lr_at(step - 1, args, steps_per_epoch):.2e}"
+        f"  {steps_per_s * args.batch_size:.0f} images/s  data {waited / seconds:.0%}"
+        f"  left {timedelta(seconds=int((total_steps - step) / steps_per_s))}"
+    )
+
+
+def check_losses(losses, step):
+    """Raises UserError for a loss that is not finite. step: after the last of the losses."""
+    for i, loss in enumerate(losses, start=step - len(losses)):
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss} at step {i}: try a lower --lr, or --clip-grad 1")
 
 
 @torch.no_grad()
-def evaluate(model, batches, s):
-    """Top-1 and top-5 accuracy in percent, of every image once: each process takes its share of them."""
+def evaluate(model, loader, args):
+    """Top-1 and top-5 accuracy in percent. loader: this process's images, from
+    `data.make_val_loader`."""
     model.eval()
-    hits = torch.zeros(2, device=s.device)
-    for images, targets in batches.whole():
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=s.bf16):
+    counts = torch.zeros(3, device=args.device)  # correct, correct among the first five, images
+    for images, targets in data.batches_on_device(loader, args.device):
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=args.bf16):
             logits = model(data.normalize(images))
-        top = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]  # (B, 5)
-        hits += torch.stack([top[:, 0].sum(), top.sum()])
-    return tuple(round(100 * sum(n) / len(batches.sets.val), 3) for n in zip(*from_processes(hits.tolist())))
+        top5 = logits.topk(min(5, logits.shape[1])).indices
+        correct = top5 == targets[:, None]  # (b, 5)
+        counts[0] += correct[:, 0].sum()
+        counts[1] += correct.sum()
+        counts[2] += len(targets)
+    if get_world_size() > 1:
+        dist.all_reduce(counts)
+    top1, top5, total = counts.tolist()
+    return round(100 * top1 / total, 3), round(100 * top5 / total, 3)
 
 
-def train(s, sets, out):
-    """All epochs of a run, or those that its folder `out` lacks. Raises Ended where it stops before."""
-    last, trainer = out / "last.pt", Trainer(s, len(sets.classes))
-    raw, weights = trainer.raw, trainer.ema or trainer.raw  # what is trained, and what is evaluated
-    states = {"model": raw, "optimizer": trainer.optimizer, **({"ema": weights} if trainer.ema else {})}
-    batches = data.batches(sets, s, trainer.rows, slice(rank(), None, world()))
-    steps, total = batches.steps, s.epochs * batches.steps
-    about = {"settings": vars(s), "images": [len(sets.train), len(sets.val)], "classes": sets.classes}
+def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
+    """Train a model, from the start or from a checkpoint of `find_checkpoint`, and write its run
+    to the folder --out."""
+    out = Path(args.out)
+    identity = run_identity(args, datasets)
+    trainer = Trainer(args, model, loss)
+    progress = Progress()
+    if checkpoint is not None:
+        progress = trainer.load(checkpoint)
+        print0(f"{out}: resuming after step {progress.step}")
+    check_same_step(progress.step, out)
+    if len(progress.history) == args.epochs:
+        print0(f"{out} is finished: best top-1 {progress.best_top1:.2f} %")
+        return
+    prepare_folder(out, args, is_new=checkpoint is None)
+    loader = data.make_train_loader(datasets.train, args, trainer.share)
+    val_loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print0(
+        f"{len(datasets.train)} training images, {len(datasets.val)} validation images, "
+        f"{len(datasets.classes)} classes; {num_parameters / 1e6:.1f} M parameters; "
+        f"{len(loader)} steps per epoch on {get_world_size()} process(es)"
+    )
 
-    # Everything random is a function of the seed, the step and the sample, so this is all it takes to
-    # go on. An epoch is done when its line stands in the history: after its evaluation.
-    step, best, history, sums = 0, -1.0, [], [0.0] * 3
-    resume = s.resume or any(from_processes(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"))
-    if resume and last.exists():
-        saved = read_checkpoint(last)
-        if "images" not in saved:
-            raise agreed(f"{last} is not of a run of this script; give another --out")
-        if odd := differ(kind(saved), kind(about)):
-            raise agreed(f"{out} holds another run: {odd}; give another --out, or --no-resume")
-        step, best, history, sums = (saved[k] for k in ("step", "best", "history", "sums"))
-        if len(history) == s.epochs:
-            return say(f"{out} is finished: top-1 {history[-1]['val_top1']:.2f} %, best {best:.2f} %")
-        for name, part in states.items():
-            part.load_state_dict(saved[name])
-        say(f"{out}: going on after step {step}, in epoch {len(history) + 1} of {s.epochs}")
-    elif s.init:
-        load_weights(raw, read_checkpoint(s.init), s.init, sets.classes, new_head=True)
-        weights.load_state_dict(raw.state_dict())
-    if any(other != step for other in from_processes(step)):
-        raise agreed(f"not every process sees {last}: --out must be a folder that all nodes share")
-    if rank() == 0:
-        write_beside(out / "config.json", json.dumps(vars(s), indent=2).encode())
-        if not resume:
-            last.unlink(missing_ok=True)
-    counts = f"{len(sets.train)} training images, {len(sets.val)} to validate, {len(sets.classes)} classes"
-    parameters = f"{sum(p.numel() for p in raw.parameters()) / 1e6:.1f} M parameters"
-    say(f"{counts}; {parameters}; {steps} steps an epoch on {world()} process(es)")
-    if others := sum(getattr(part, "others", 0) for part in (sets.train, sets.val)):
-        say(f"{others} files are left out, for their names end in none of {' '.join(data.FORMATS)}")
-    if len(sets.train) < 1000 and s.img_size > data.SMALL and not s.init:
-        say("these are few images to learn from; --init FILE starts from a model that was trained on many")
+    def save_last():
+        trainer.save(out / "last.pt", progress, identity)
 
-    @torch.no_grad()
-    def save(*paths):
-        """Have the writer write the checkpoint to each path while training goes on."""
-        nonlocal written, kept, saved_at
-        if not raw.eval()(torch.zeros(1, 3, s.img_size, s.img_size, device=s.device)).isfinite().all():
-            raise agreed(f"the model's outputs are not finite after step {step}; a lower --lr may help", 1)
-        raw.train()
-        if rank() == 0:
-            saved = {k: part.state_dict() for k, part in states.items()} | about
-            saved |= {"step": step, "best": best, "history": history, "sums": sums}
-            saved = tree_map_only(torch.Tensor, torch.Tensor.cpu, saved)  # to be loaded where there is no GPU
-            torch.save(saved, content := io.BytesIO())
-            written.result()  # of the one before; raises what went wrong with it
-            written = writer.submit(lambda: [write_beside(path, content.getbuffer()) for path in paths])
-        kept, saved_at = step, time.monotonic()
-
-    log_at, pending, kept, saved_at = step + 1, [], step, time.monotonic()
-    with stop_signals() as asked, ThreadPoolExecutor(1) as writer, contextlib.closing(batches):
-        written = writer.submit(int)  # nothing yet
-        for epoch in range(len(history), s.epochs):
-            raw.train()
-            loader, end = batches.epoch(epoch, step - epoch * steps), (epoch + 1) * steps
-            since, waited = time.perf_counter(), 0.0
-            try:
-                while step < end:
-                    waited -= time.perf_counter()
-                    images, targets = next(loader)
-                    waited += time.perf_counter()
-                    pending.append(trainer.step(images, targets, step, steps, sets.flip))
-                    step += 1
-                    if step < min(log_at, end) and not (world() == 1 and asked()):
-                        continue
-
-                    # The log line: the one place where the device and other processes are waited for.
-                    losses, now = torch.stack(pending).tolist(), time.perf_counter()
-                    due = rank() == 0 and time.monotonic() - saved_at > 60 * s.save_minutes
-                    mine = [asked(), due, (now - since) / world(), waited / world()]
-                    stop, due, seconds, waited = map(sum, zip(*from_processes(mine)))
-                    for at, loss in enumerate(losses, step - len(losses)):
-                        sums[0] += loss  # if it is not finite, the handler below saves nothing
-                        if not math.isfinite(loss):
-                            raise agreed(f"the loss is {loss} at step {at}; try a lower --lr or --clip 1", 1)
-                    sums[1:] = sums[1] + seconds, sums[2] + waited
-                    rate, loss = len(losses) / seconds, sum(losses) / len(losses)  # rate: of steps
-                    say(
-                        f"epoch {epoch + 1}/{s.epochs}  step {step}/{total}  loss {loss:.4f}  "
-                        f"lr {lr_at(step - 1, s, steps):.2e}  {rate * s.batch_size:.0f} images/s  "
-                        f"data {waited / seconds:.0%}  left {timedelta(seconds=int((total - step) / rate))}"
-                    )
-                    log_at = step + max(1, min(10 * len(losses), int(LOG_SECONDS * rate)))
-                    pending, since, waited = [], now, 0.0
-                    if step == end or due or stop:
-                        save(last)
-                    if stop:
-                        written.result()
-                        code = 128 + (asked() or signal.SIGTERM)
-                        raise agreed(f"stopped after step {step}: the same command goes on from there", code)
-            except Exception:  # a worker is gone, say, or, as Gloo tells, another process: keep what is done
-                sums[0] = sum((loss.item() for loss in pending), sums[0])
-                if step > kept and math.isfinite(sums[0]):
-                    save(last)
-                raise
-
-            top1, top5 = evaluate(weights, batches, s)
-            say(f"epoch {epoch + 1}/{s.epochs}  val top-1 {top1:.2f} %  top-5 {top5:.2f} %")
-            bad = set().union(*(part for both in from_processes(batches.bad) for part in both.values()))
-            entry = {"epoch": epoch + 1, "step": step, "train_loss": round(sums[0] / steps, 5)}
-            entry |= {"val_top1": top1, "val_top5": top5, "lr": lr_at(step - 1, s, steps)}
-            entry |= {"images_per_s": round(steps * s.batch_size / sums[1], 1)}
-            entry |= {"data_wait": round(sums[2] / sums[1], 4), "undecodable": len(bad)}
-            history, improved, best, sums = [*history, entry], top1 > best, max(top1, best), [0.0] * 3
-            if rank() == 0:
-                write_beside(out / "metrics.jsonl", "\n".join([*map(json.dumps, history), ""]).encode())
-            save(*[out / "best.pt"] * improved, last)
-        written.result()
-    say(f"finished: top-1 {top1:.2f} %, best {best:.2f} %; {out}/ holds the weights and the metrics")
-    say(f"to see the aligned labels: python experiments/picture.py {out}/best.pt")
+    with StopRequest() as stop:
+        while len(progress.history) < args.epochs:
+            train_one_epoch(trainer, loader, progress, stop, save_last)
+            save_last()  # also before the validation, which takes minutes on a large dataset
+            if any_process(stop.signal != 0):
+                print0(f"stopped after step {progress.step}: the same command resumes the run")
+                sys.exit(128 + (stop.signal or signal.SIGTERM))
+            top1, top5 = evaluate(trainer.eval_model, val_loader, args)
+            is_best = top1 > progress.best_top1
+            end_epoch(progress, top1, top5, len(loader), args)
+            if get_rank() == 0:  # before last.pt, which says that the epoch is done
+                lines = [json.dumps(entry) + "\n" for entry in progress.history]
+                write_text(out / "metrics.jsonl", "".join(lines))
+            if is_best:
+                trainer.save(out / "best.pt", progress, identity)
+            save_last()
+    print0(f"finished: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %; see {out}")
+    print0(f"to draw the aligned labels: python experiments/picture.py {out}/best.pt")
 
 
-def run(argv):
-    s, gpus = parse(argv), torch.cuda.device_count()
-    cuda, joined = s.device == "cuda", {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & os.environ.keys()
-    if cuda and not gpus:
-        raise Ended("--device cuda can't be used here: torch sees no GPU; --device cpu always works")
-    if joined:
-        try:
-            if cuda:
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % gpus)
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        except (ValueError, RuntimeError) as e:
-            line = f"{', '.join(sorted(joined))}: {textwrap.shorten(str(e), 120)}"
-            raise Ended(f"can't join a group of processes by {line}; use torchrun, or unset these") from e
-    processes = gpus if cuda and not joined else world()
-    for first in (True, False):  # the first process of a node may have to download the set
-        error = ""
-        if first == (os.environ.get("LOCAL_RANK", "0") == "0"):
-            try:
-                sets = data.open_sets(s.data, s.root, s.seed)
-                recipe(s, data.native_size(sets.train), len(sets.train))
-                if not s.eval:
-                    check(s, len(sets.train), processes)
-            except Ended as e:
-                error = e.args[0]
-        if errors := [*filter(None, from_processes(error))]:
-            raise agreed(errors[0])
-    if processes > 1 and not joined:  # become torch's launcher of a process for each GPU
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, CPUS // processes)))
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        os.execv(sys.executable, [*launcher, f"--nproc-per-node={processes}", __file__, *argv])
-    say("settings: " + "  ".join(f"{k} {v}" for k, v in vars(s).items() if v is not None))
-    if not s.eval:
-        return train(s, sets, Path(s.out))
-    model = build(s, len(sets.classes))
-    load_weights(model, read_checkpoint(s.eval), s.eval, sets.classes)
-    batches = data.batches(sets, s, slice(None), slice(rank(), None, world()))
-    top1, top5 = evaluate(model.to(s.device), batches, s)
-    say(f"{s.eval}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(sets.val)} images")
+def end_epoch(progress, top1, top5, steps_per_epoch, args):
+    """Add the line of an epoch in metrics.jsonl to the history. Accuracies are in percent."""
+    entry = {
+        "epoch": len(progress.history) + 1,
+        "step": progress.step,
+        "train_loss": round(progress.epoch_loss / steps_per_epoch, 5),
+        "val_top1": top1,
+        "val_top5": top5,
+        "lr": lr_at(progress.step - 1, args, steps_per_epoch),
+        "images_per_s": round(steps_per_epoch * args.batch_size / progress.epoch_seconds, 1),
+        "data_wait": round(progress.epoch_waited / progress.epoch_seconds, 4),  # share of the time
+    }
+    print0(f"epoch {entry['epoch']}/{args.epochs}  top-1 {top1:.2f} %  top-5 {top5:.2f} %")
+    progress.history.append(entry)
+    progress.best_top1 = max(progress.best_top1, top1)
+    progress.epoch_loss = progress.epoch_seconds = progress.epoch_waited = 0.0
+
+
+def check_same_step(step, out):
+    """Raises UserError if the processes do not all resume from the same step."""
+    if get_world_size() > 1:
+        steps = [None] * get_world_size()
+        dist.all_gather_object(steps, step)
+        if len(set(steps)) > 1:
+            raise UserError(f"--out {out} must be a folder that all nodes share")
+
+
+def prepare_folder(out, args, is_new):
+    """Create the folder of a run, without files of an older one. Raises UserError."""
+    if get_rank() != 0:
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if is_new:
+            for name in ("last.pt", "best.pt", "metrics.jsonl"):
+                (out / name).unlink(missing_ok=True)
+        write_text(out / "config.json", json.dumps(vars(args), indent=2))
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
 
 
 def main(argv=None):
-    """Run. Where it does not get to its end, say in one line why."""
-    line, status = "", 0
+    argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
     try:
-        run(sys.argv[1:] if argv is None else [str(word) for word in argv])
-    except Ended as e:
-        line, status = (*e.args, 2)[:2]
-    except KeyboardInterrupt:
-        line, status = "stopped", 130
-    except torch.OutOfMemoryError:
-        line, status = "the GPU's memory is too small; --micro-batch 128 takes the same step in parts", 1
-    except RuntimeError as e:
-        status, reason = 1, textwrap.shorten(str(e), 200)
-        if type(e).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            line = f"torch.compile failed, --no-compile does without: {reason}"
-        elif dist.is_initialized() and ("gloo/" in str(e) or isinstance(e, dist.DistBackendError)):
-            line = f"process {rank()} lost another, which may say why: {reason}"
-        else:
-            raise
-    if line:
-        data.tell(line if status > 128 else f"error: {line}", "stderr")
+        run(argv)
+    except UserError as error:
+        message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
     if dist.is_initialized():
-        if status:  # to take leave would be to wait for the others, who may wait for this one
-            os._exit(status)
         dist.destroy_process_group()
-    sys.exit(status)
+
+
+def run(argv):
+    """Train or evaluate, as the command line says. Raises UserError."""
+    args = parse_args(argv)
+    init_distributed(args, argv)
+    with first_process_first():
+        datasets = data.open_datasets(args.data, args.root, args.seed)
+        image_size = data.median_size(datasets.train)
+        fill_defaults(args, image_size, len(datasets.train), datasets.hflip)
+        if not args.eval:
+            check_args(args, len(datasets.train))
+        model = build_model(args, len(datasets.classes))
+        checkpoint = None
+        if args.eval:
+            load_weights(model, args.eval, datasets.classes)
+        else:
+            checkpoint = find_checkpoint(args, datasets)
+            if args.finetune and checkpoint is None:
+                load_weights(model, args.finetune, datasets.classes, new_head=True)
+    if args.eval:
+        loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
+        top1, top5 = evaluate(model.to(args.device), loader, args)
+        print0(f"{args.eval}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(datasets.val)} images")
+    else:
+        settings = {name: value for name, value in vars(args).items() if value is not None}
+        print0("  ".join(f"{name} {value}" for name, value in settings.items()))
+        train(args, datasets, model, checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """What the tests share: a small folder of images, and the script run as a user runs it."""
 
+import gc
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
+import traceback
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +16,6 @@ import torch
 from torchvision.transforms.v2.functional import to_pil_image
 
 import data
-import runs
 import train as train_script
 
 # What makes an experiment small.
@@ -20,7 +23,9 @@ SMALL = ["--epochs", 1, "--images", 40, "--passes", 1, "--val-images", 20, "--ba
 
 
 def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=1, help="how often the test of SIGKILL kills each run [1]")
+    parser.addoption(
+        "--kills", type=int, default=1, help="how often the test of SIGKILL kills each run [1]"
+    )
 
 
 @pytest.fixture
@@ -46,13 +51,17 @@ def one_thread():
 
 
 class Here:
-    """In the place of a pool of processes, whose start takes seconds: the same calls, in this one."""
+    """In the place of a pool of processes, whose start takes seconds: the same calls, in this
+    process."""
 
     def __init__(self, *args):
         pass
 
-    __enter__ = lambda self: self
-    __exit__ = lambda self, *error: None
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
 
     def submit(self, function, *args):
         future = Future()
@@ -62,8 +71,10 @@ class Here:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
-    """Run an experiment's main in this process and a folder of its own, on few built-in images: gives its
-    output, and the Markdown that it wrote."""
+    """Run an experiment's main in this process and a folder of its own, on few built-in images.
+    Returns its output, and the Markdown that it wrote."""
+    import runs  # here, so that the tests of the core do not need the experiments
+
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
@@ -83,12 +94,15 @@ def here(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def train(tmp_path, monkeypatch, capsys):
-    """Run train.py in a folder of its own: train("--epochs", 1, ...) gives exit status and output."""
+    """Run train.py in this process, on the CPU, in a folder of its own.
+
+    train("--epochs", 1, ...) returns its exit status and what it printed, `out` and `err`.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # for models this small, two that wait for each other are slower than one
+    torch.set_num_threads(1)  # for models this small, two threads are slower than one
 
     def run(*args):
         status = 0
@@ -96,7 +110,10 @@ def train(tmp_path, monkeypatch, capsys):
             train_script.main(args)
         except SystemExit as end:
             status = end.code
-        return SimpleNamespace(status=status, **capsys.readouterr()._asdict())
+            if end.__context__ is not None:  # what a script frees at its end, such as workers
+                traceback.clear_frames(end.__context__.__traceback__)
+        printed = capsys.readouterr()
+        return SimpleNamespace(status=status, out=printed.out, err=printed.err)
 
     yield run
     torch.set_num_threads(threads)
@@ -104,22 +121,30 @@ def train(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def start(tmp_path):
-    """Start train.py as a command, of one process or under torchrun of several, each with one thread:
-    start(2, "--epochs", 1, ...) gives the running Popen. Its output is in `log`, a path. script: what to
-    start instead of train.py."""
-    launcher = ["-m", "torch.distributed.run", "--standalone"]
+    """Start train.py, or another script, in one process or in several under torchrun.
+
+    start(2, "--epochs", 1, ...) returns the Popen. Its attribute `log` is the file of its output.
+    """
     started = []
 
-    def start(processes, *args, env=None, restarts=0, script=train_script.__file__):
-        before = [*launcher, f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
-        command = [sys.executable, *(before if processes > 1 else []), Path(script).resolve()]
+    def start(num_processes, *args, script=train_script.__file__, restarts=0, env=None):
+        command = [sys.executable]
+        if num_processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={num_processes}", f"--max-restarts={restarts}"]
+        command += [Path(script).resolve(), *args]
         log = tmp_path / f"log{len(started)}"
-        one_thread = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **(env or {})}
-        one_thread["PYTHONPATH"] = str(Path(train_script.__file__).parent)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(Path(train_script.__file__).parent),
+            **(env or {}),
+        }
         process = subprocess.Popen(
-            [*command, *map(str, args)],
+            [str(word) for word in command],
             cwd=tmp_path,
-            env=one_thread,
+            env=environment,
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -130,4 +155,50 @@ def start(tmp_path):
 
     yield start
     for process in started:
-        process.terminate()  # of which a launcher tells its processes
+        if process.poll() is None:
+            process.terminate()  # torchrun ends its processes
+            process.wait(timeout=60)
+
+
+@pytest.fixture
+def fork(train, tmp_path):
+    """Run train.py in forked processes, which do not have to import torch again.
+
+    fork(2, "--epochs", 1, ...) returns the processes as `processes`, and the file of their output
+    as `log`. They form one group, as under torchrun, and run what a test has replaced.
+    """
+    started = []
+
+    def start(num_processes, *args):
+        with socket.socket() as unused:
+            unused.bind(("", 0))
+            port = unused.getsockname()[1]
+        log = tmp_path / f"fork{len(started)}"
+        log.touch()
+        context = multiprocessing.get_context("fork")
+        processes = []
+        for rank in range(num_processes):
+            group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes}
+            group.update({"MASTER_ADDR": "localhost", "MASTER_PORT": port})
+            if num_processes == 1:
+                group = {}
+            process = context.Process(target=run_forked, args=(args, group, log))
+            process.start()
+            processes.append(process)
+        started.extend(processes)
+        return SimpleNamespace(processes=processes, log=log)
+
+    yield start
+    for process in started:
+        process.kill()
+        process.join()
+
+
+def run_forked(args, environment, log):
+    gc.freeze()  # leaves the parent's objects alone
+    sys.stdout = sys.stderr = log.open("a", buffering=1)
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    try:
+        train_script.main(args)
+    finally:
+        data.kill_workers()  # registered with atexit, which multiprocessing does not call

@@ -1,7 +1,11 @@
-"""The two halves of the data path, against torchvision's own operations where it has them."""
+"""The data path: datasets, decoding, cropping, batches, and augmentation against torchvision's
+own operations where it has them."""
 
 import math
 import os
+import runpy
+import shutil
+import traceback
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,271 +14,494 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from PIL import Image
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms.v2 import functional as TF
 
 import data
 
-
-def settings(**kwargs):
-    usual = {
-        "img_size": 96,
-        "batch_size": 8,
-        "seed": 0,
-        "device": "cpu",
-        "workers": 0,
-        "repeats": 1,
-        "epochs": 3,
-    }
-    return SimpleNamespace(**{**usual, **kwargs})
+WHOLE_BATCH = slice(None)
 
 
-def test_shapes_are_drawn_from_the_seed_alone_and_the_mask_is_the_object():
+def loader_args(**kwargs):
+    usual = {"img_size": 96, "batch_size": 8, "aug_repeats": 1, "seed": 0, "workers": 0}
+    return SimpleNamespace(**{**usual, "device": "cpu", **kwargs})
+
+
+def make_train_loader(dataset, share=WHOLE_BATCH, **kwargs):
+    return data.make_train_loader(dataset, loader_args(**kwargs), share)
+
+
+def assert_equal_batches(a, b):
+    for (images, targets), (other_images, other_targets) in zip(a, b, strict=True):
+        assert torch.equal(images, other_images) and torch.equal(targets, other_targets)
+
+
+# --- Datasets.
+
+
+def test_shapes_depend_on_the_seed_only_and_the_mask_covers_the_object():
     images, classes, masks = data.shapes(200, seed=3)
-    again = data.shapes(200, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip((images, classes, masks), again))
+    for a, b in zip((images, classes, masks), data.shapes(200, seed=3), strict=True):
+        assert torch.equal(a, b)
     assert not torch.equal(images, data.shapes(200, seed=4)[0])
     assert images.dtype == torch.uint8 and images.shape == (200, 3, 32, 32)
     assert classes.bincount(minlength=10).min() > 0
     area = masks.float().mean((1, 2))
     assert area.min() > 0.1 and area.max() < 0.6
-    plain = images[classes == 0].float(), masks[classes == 0][:, None]
-    inside = (plain[0] * plain[1]).sum((2, 3), keepdim=True) / plain[1].sum((2, 3), keepdim=True)
-    spread = ((plain[0] - inside).abs() * plain[1]).sum((2, 3)) / plain[1].sum((2, 3))
-    assert spread.mean() < 0.06 * 255  # one colour and the grain: the mask covers nothing else
+    plain = images[classes == 0].float()  # one colour, and noise
+    mask = masks[classes == 0][:, None]
+    num_pixels = mask.sum((2, 3), keepdim=True)
+    color = (plain * mask).sum((2, 3), keepdim=True) / num_pixels
+    deviation = ((plain - color).abs() * mask).sum((2, 3), keepdim=True) / num_pixels
+    assert deviation.mean() < 0.06 * 255
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_an_epochs_order_is_a_shuffle_and_neighbours_are_different_images(repeats):
-    order = data.epoch_order(3000, 0, 5, repeats)
-    counts = order.bincount()
-    assert counts[counts > 0].float().mean() == repeats
-    pairs = order.view(-1, 2)
-    assert (pairs[:, 0] != pairs[:, 1]).all()
-    assert torch.equal(order, data.epoch_order(3000, 0, 5, repeats))
-    assert not torch.equal(order, data.epoch_order(3000, 0, 6, repeats))
+def test_torchvision_datasets_are_opened_with_their_own_splits(monkeypatch):
+    opened = []
+
+    def make(root, transform, download=False, **split):
+        opened.append(split)
+        image = TF.to_pil_image(torch.zeros(1, 28, 28, dtype=torch.uint8))  # grayscale
+        dataset = TensorDataset(transform(image).expand(4, 3, 28, 28), torch.arange(4))
+        dataset.classes = ["0", "1", "2", "3"]
+        return dataset
+
+    for class_name, _, _ in data.TORCHVISION_DATASETS.values():
+        assert hasattr(torchvision.datasets, class_name)
+    monkeypatch.setattr(torchvision.datasets, "MNIST", make)
+    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", make)
+    mnist = data.open_datasets("mnist")
+    pets = data.open_datasets("oxfordiiitpet")
+    assert opened == [{"train": True}, {"train": False}, {"split": "trainval"}, {"split": "test"}]
+    assert mnist.classes == ["0", "1", "2", "3"]
+    assert mnist.train[0][0].shape == (3, 28, 28) and data.median_size(mnist.train) == 28
+    assert not mnist.hflip and pets.hflip and not data.open_datasets("shapes").hflip
 
 
-@pytest.mark.parametrize("repeats", [1, 3])
-def test_batches_do_not_depend_on_the_workers(folder, repeats):
-    sets = data.open_sets(str(folder))
-    streams = [data.Stream(sets, settings(workers=workers, repeats=repeats)) for workers in (0, 2)]
-    for (x, t), (y, u) in zip(*(s.epoch(1) for s in streams), strict=True):
-        assert x.shape == (8, 3, 96, 96) and x.dtype == torch.uint8
-        assert torch.equal(x, y) and torch.equal(t, u)
-    dark = x.float().mean((1, 2, 3)) < 100
-    assert torch.equal(dark, t == 0)  # crops and classes belong together
-    for stream in streams:
-        stream.close()
+def test_missing_torchvision_datasets_are_downloaded(monkeypatch):
+    online = True
+
+    def make(root, transform, download=False, **split):
+        if not (download and online):
+            raise RuntimeError("Dataset not found")
+        return TensorDataset(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.arange(4))
+
+    monkeypatch.setattr(torchvision.datasets, "Flowers102", make)
+    assert len(data.open_datasets("flowers102").train) == 4
+    online = False
+    with pytest.raises(data.UserError, match="flowers102 in data: Dataset not found"):
+        data.open_datasets("flowers102")
 
 
-def test_repeated_augmentation_decodes_an_image_once_for_its_crops_in_a_batch(folder):
-    sets = data.open_sets(str(folder))
-    read = []
-    load = sets.train.loader
-    sets.train.loader = lambda path: read.append(path) or load(path)
-    batches = list(data.Stream(sets, settings(batch_size=12, repeats=3)).epoch(0))
-    assert len(batches) == 2 and len(read) == 8 and len(set(read)) == 8  # 24 crops
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+def test_a_folder_may_call_its_validation_part(folder, name):
+    (folder / "val").rename(folder / name)
+    datasets = data.open_datasets(str(folder))
+    assert datasets.classes == ["dark", "light"] and datasets.hflip
+    assert len(datasets.train) == len(datasets.val) == 24
+    assert os.fsdecode(datasets.val.paths[0]) == str(folder / name / "dark" / "00.jpg")
+    assert datasets.val.targets.tolist() == [0] * 12 + [1] * 12
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_goes_from_epoch_to_evaluation_to_epoch_in_one_loader(folder, workers, monkeypatch):
-    sets, loaders = data.open_sets(str(folder)), []
-    make = data.DataLoader
-    monkeypatch.setattr(
-        data, "DataLoader", lambda *args, **kwargs: loaders.append(1) or make(*args, **kwargs)
-    )
-    stream, share = data.Stream(sets, settings(workers=workers), share=slice(1, None, 2)), []
-    for epoch, skip in ((0, 3), (1, 0), (2, 0)):  # resumed after the last step, before the evaluation
-        images = [x for x, _ in stream.epoch(epoch, skip)]
-        again = [x for x, _ in data.Stream(sets, settings()).epoch(epoch, skip)]
-        assert len(images) == 3 - skip and all(torch.equal(a, b) for a, b in zip(images, again))
-        share.append(torch.cat([t for _, t in stream.whole()]))
-        assert share[-1].tolist() == [0] * 6 + [1] * 6
-    assert len(loaders) == 1 + 2  # the second and third `again` decode, the first has no step to
-    stream.close()
+def test_a_folder_of_class_folders_is_split_by_the_names_of_its_images(tmp_path, capsys):
+    def add_images(prefix):
+        for i in range(1000):
+            path = tmp_path / "set" / ("cat", "dog")[i % 2] / f"{prefix}{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+
+    def split():
+        datasets = data.open_datasets(str(tmp_path / "set"))
+        assert datasets.classes == ["cat", "dog"]
+        return set(datasets.train.paths.tolist()), set(datasets.val.paths.tolist())
+
+    add_images("a")
+    train, val = split()
+    assert not train & val and len(train | val) == 1000 and 70 < len(val) < 130
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path}/set has no train/ and val/: {len(val)} ")
+    add_images("b")
+    shutil.move(tmp_path / "set", tmp_path / "moved")
+    (tmp_path / "set").symlink_to("moved")
+    more_train, more_val = split()
+    assert train < more_train and val < more_val
 
 
-@pytest.mark.parametrize("size", [32, 96])
-def test_whole_gives_every_image_once_in_order(folder, size):
-    batches = data.batches(data.open_sets(str(folder)), settings(img_size=size, batch_size=10))
-    assert type(batches) is (data.Memory if size == 32 else data.Stream)
-    images, targets = zip(*batches.whole())
-    assert torch.cat(images).shape == (24, 3, size, size)
-    assert torch.cat(targets).tolist() == [0] * 12 + [1] * 12
+def test_folders_that_are_no_dataset_are_refused(folder, tmp_path):
+    def assert_refused(root, *words):
+        with pytest.raises(data.UserError) as error:
+            data.open_datasets(str(root))
+        for word in words:
+            assert word in str(error.value)
+
+    (tmp_path / "empty").mkdir()
+    assert_refused(tmp_path / "nowhere", "nowhere", "is no folder", "cifar10")
+    assert_refused(tmp_path / "empty", "empty", "no folders", "train/CLASS/")
+    (folder / "val" / "grey").mkdir()
+    assert_refused(folder, "same classes", "grey is in only one of them")
+    (folder / "train" / "grey").mkdir()
+    assert_refused(folder, "train/grey has no images", ".jpg")
+    shutil.rmtree(folder / "val")
+    assert_refused(folder, "has train/ but none of val, valid, validation, test")
+    shutil.rmtree(folder / "train" / "light")
+    shutil.rmtree(folder / "train" / "grey")
+    for path in list((folder / "train" / "dark").iterdir())[1:]:
+        path.unlink()
+    assert_refused(folder / "train", "too few images to split")
 
 
-def test_names_that_begin_with_a_dot_are_no_images_and_no_classes(folder):
+def test_hidden_files_and_folders_are_ignored(folder):
     for name in (".hidden/00.jpg", "dark/._00.jpg", "light/.checkpoints/00.jpg"):
         (folder / "train" / name).parent.mkdir(exist_ok=True)
         (folder / "train" / name).write_text("not an image")
-    sets = data.open_sets(str(folder))
-    assert sets.classes == ["dark", "light"] and len(sets.train) == 24
-    (folder / "val").rename(folder / ".val")
-    hidden = data.Folder(folder / ".val")  # what leads to a set may be hidden
-    assert hidden.classes == sets.classes and len(hidden) == 24
+    datasets = data.open_datasets(str(folder))
+    assert datasets.classes == ["dark", "light"] and len(datasets.train) == 24
+    hidden = folder.rename(folder.with_name(".set"))  # the dataset itself may be hidden
+    assert len(data.open_datasets(str(hidden)).train) == 24
 
 
-def test_the_paths_of_a_folder_are_one_array(folder):
+def test_paths_are_kept_in_an_array_that_workers_share(folder):
     (folder / "train" / "dark" / "00.jpg").rename(folder / "train" / "dark" / "gr\xfc\xdfe.jpg")
-    train = data.open_sets(str(folder)).train
-    assert isinstance(train.samples, np.ndarray) and train.imgs is train.targets is None
-    assert len(train) == 24 and [int(train[i][1]) for i in (0, 11, 12, 23)] == [0, 0, 1, 1]
-    assert all(train[i][0].shape == (3, 32, 40) for i in range(24))
+    train = data.open_datasets(str(folder)).train
+    assert isinstance(train.paths, np.ndarray) and isinstance(train.targets, np.ndarray)
+    assert not train.paths.dtype.hasobject
+    items = [train[i] for i in range(24)]
+    assert [target for _, target in items] == [0] * 12 + [1] * 12
+    assert all(image.shape == (3, 32, 40) for image, _ in items)
 
 
-def test_the_evaluation_crop_is_deits():
+# --- Decoding.
+
+
+@pytest.fixture(params=["torchvision", "Pillow"])
+def decoder(request, monkeypatch):
+    """torchvision with its JPEG decoder, and without."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(data, "decode_jpeg", None)
+
+
+def test_files_are_decoded_by_content_and_rotated_by_exif(decoder, tmp_path):
+    noise = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
+    TF.to_pil_image(noise).save(tmp_path / "png.JPEG", format="PNG")
+    assert torch.equal(data.decode(tmp_path / "png.JPEG"), noise)
+    halves = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    halves[:, :10] = 200  # the upper half is bright
+    image = TF.to_pil_image(halves)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be rotated by 90 degrees clockwise
+    image.save(tmp_path / "rotated.jpg", exif=exif, quality=95)
+    rotated = data.decode(tmp_path / "rotated.jpg")
+    assert (rotated.int() - halves.rot90(-1, (1, 2)).int()).abs().max() < 8
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert (data.decode(tmp_path / "cmyk.jpg").int() - halves.int()).abs().max() < 8
+    image.convert("L").save(tmp_path / "gray.jpg", quality=95)
+    assert (data.decode(tmp_path / "gray.jpg").int() - halves.int()).abs().max() < 8
+
+
+def test_jpegs_are_decoded_by_a_torchvision_without_decoders(folder, monkeypatch):
+    path = folder / "train" / "dark" / "00.jpg"
+    assert data.decode_jpeg is not None
+    monkeypatch.delattr(torchvision.io, "decode_jpeg")
+    decode_with_pillow = runpy.run_path(data.__file__)["decode"]  # imports the file once more
+    assert (decode_with_pillow(path).int() - data.decode(path).int()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("extension", data.IMAGE_EXTENSIONS)
+def test_every_listed_format_is_read(tmp_path, extension):
+    color = torch.tensor([200, 100, 50], dtype=torch.uint8)
+    image = TF.to_pil_image(color.view(3, 1, 1).expand(3, 20, 30))
+    options = {}
+    if extension == ".pgm":
+        image = image.convert("L")
+        color = torch.tensor(image.getpixel((0, 0)))
+    if extension in (".gif", ".webp"):  # an animation
+        options = {"save_all": True, "append_images": [TF.to_pil_image(torch.zeros(3, 20, 30))]}
+    if extension == ".jfif":
+        options = {"format": "JPEG"}
+    image.save(tmp_path / f"x{extension}", **options)
+    class_folder = os.fsencode(tmp_path) + b"/set/caf\xe9"  # no valid UTF-8
+    os.makedirs(class_folder)
+    path = class_folder + b"/\xff\xfe" + extension.upper().encode()
+    os.rename(tmp_path / f"x{extension}", path)
+    (tmp_path / "set" / "notes.txt").touch()
+    root = str(tmp_path / "set")
+    ((image, target),) = data.ImageFiles(data.find_images(root, data.find_classes(root)))
+    assert image.shape == (3, 20, 30) and target == 0
+    assert (image.float().mean((1, 2)) - color).abs().max() < 4
+
+
+@pytest.mark.parametrize("extension", [".tif", ".pgm", ".png"])
+def test_16_bit_images_keep_their_upper_bits(tmp_path, extension):
+    path = tmp_path / f"deep{extension}"
+    Image.fromarray(np.full((4, 5), 100 * 257, np.uint16)).save(path)
+    assert (data.decode(path) == 100).all()
+
+
+# --- Cropping.
+
+
+def test_evaluation_crop_is_deits():
     image = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
-    theirs = TF.center_crop(TF.resize(image, 256, TF.InterpolationMode.BICUBIC), 224)
-    assert torch.equal(data.center_crop(image, 224), theirs)
-    line = torch.randint(0, 256, (3, 2, 50_000), dtype=torch.uint8)  # 20 GB, were it resized whole
-    assert data.center_crop(line, 224).shape == data.center_crop(line.mT, 224).shape == (3, 224, 224)
+    resized = TF.resize(image, 256, TF.InterpolationMode.BICUBIC)
+    assert torch.equal(data.center_crop(image, 224), TF.center_crop(resized, 224))
 
 
-def test_a_random_resized_crop_is_a_box_of_the_image_as_torchvision_resizes_it(monkeypatch):
+def test_images_of_extreme_shapes_are_cropped():
+    line = torch.randint(0, 256, (3, 2, 50_000), dtype=torch.uint8)  # 20 GB if resized whole
+    for image in (line, line.mT):
+        assert data.center_crop(image, 224).shape == (3, 224, 224)
+        assert data.random_resized_crop(image, 224, (0,)).shape == (3, 224, 224)
+
+
+def test_random_resized_crop_resizes_a_box_as_torchvision_does(monkeypatch):
     rows, cols = torch.meshgrid(torch.arange(200), torch.arange(250), indexing="ij")
-    image = torch.stack([rows, cols, rows ^ cols]).to(torch.uint8)  # each pixel tells where it is from
-    boxes, resize = [], F.interpolate
-    monkeypatch.setattr(F, "interpolate", lambda x, *a, **k: boxes.append(x[0]) or resize(x, *a, **k))
+    image = torch.stack([rows, cols, rows ^ cols]).to(torch.uint8)  # a pixel shows its position
+    boxes = []
+    interpolate = F.interpolate
+
+    def record(box, *args, **kwargs):
+        boxes.append(box[0])
+        return interpolate(box, *args, **kwargs)
+
+    monkeypatch.setattr(F, "interpolate", record)
     for i in range(20):
         crop = data.random_resized_crop(image, 64, (i,))
-        (top, left), size = boxes[-1][:2, 0, 0].tolist(), boxes[-1].shape[1:]
-        theirs = TF.resized_crop(image, top, left, *size, [64, 64], TF.InterpolationMode.BICUBIC)
-        assert (crop.int() - theirs.int()).abs().max() <= 1
+        top, left = boxes[-1][:2, 0, 0].tolist()
+        height, width = boxes[-1].shape[1:]
+        expected = TF.resized_crop(
+            image, top, left, height, width, [64, 64], TF.InterpolationMode.BICUBIC
+        )
+        assert (crop.int() - expected.int()).abs().max() <= 1
 
 
-def test_random_resized_crops_have_the_reference_distribution():
-    boxes = []
-    for i in range(2000):  # a ramp tells where the box was and how large
-        ramp = torch.arange(200).expand(3, 200, 200).to(torch.uint8)
-        crop = data.random_resized_crop(ramp, 64, (i,)).float()
-        boxes.append(crop[0, 0, -1] - crop[0, 0, 0])
+def test_random_resized_crops_have_the_reference_distribution(monkeypatch):
+    image = torch.zeros(3, 200, 240, dtype=torch.uint8)
+    boxes, expected = [], []
+    monkeypatch.setattr(data, "resized_crop", lambda image, *box: boxes.append(box[:4]))
     torch.manual_seed(0)
-    reference = []
-    for _ in range(2000):
-        *_, width = torchvision.transforms.RandomResizedCrop.get_params(ramp, [0.08, 1], [3 / 4, 4 / 3])
-        reference.append(width)
-    ours, theirs = torch.stack(boxes), torch.tensor(reference).float()
-    assert abs(ours.mean() - theirs.mean()) < 3 and abs(ours.std() - theirs.std()) < 3
+    for i in range(3000):
+        data.random_resized_crop(image, 64, (i,))
+        reference = torchvision.transforms.RandomResizedCrop
+        expected.append(reference.get_params(image, [0.08, 1], [3 / 4, 4 / 3]))
+    boxes = torch.tensor(boxes).float()
+    expected = torch.tensor(expected).float()
+    torch.testing.assert_close(boxes.mean(0), expected.mean(0), atol=3, rtol=0)
+    torch.testing.assert_close(boxes.std(0), expected.std(0), atol=3, rtol=0)
 
 
-def test_files_are_read_by_what_they_hold_and_not_by_their_name(tmp_path):
-    noise = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8)
-    TF.to_pil_image(noise).save(tmp_path / "a.JPEG", format="PNG")
-    assert torch.equal(data.decode(tmp_path / "a.JPEG"), noise)
-    colour = torch.tensor([200.0, 100, 50])
-    smooth = TF.to_pil_image(colour.to(torch.uint8).view(3, 1, 1).expand(3, 20, 30))
-    smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
-    smooth.convert("L").save(tmp_path / "gray.jpg", quality=95)
-    exif = smooth.getexif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
-    smooth.save(tmp_path / "turned.jpg", exif=exif, quality=95)
-    assert (data.decode(tmp_path / "cmyk.jpg").float().mean((1, 2)) - colour).abs().max() < 6
-    assert data.decode(tmp_path / "gray.jpg").shape == (3, 20, 30)
-    assert data.decode(tmp_path / "turned.jpg").shape == (3, 30, 20)
+def test_padded_random_crop_moves_an_image_by_up_to_an_eighth():
+    images = torch.randint(1, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    rand = torch.tensor([[0.5, 0.5], [0.0, 0.999], [0.999, 0.0]])
+    crops = data.padded_random_crop(images, rand)
+    assert torch.equal(crops[0], images[0])
+    assert torch.equal(crops[1], F.pad(images[1], (-4, 4, 4, -4)))
+    assert torch.equal(crops[2], F.pad(images[2], (4, -4, -4, 4)))
 
 
-@pytest.mark.parametrize("kind", ["jpg", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm"])
-def test_every_format_that_is_looked_for_is_read(tmp_path, kind):
-    colour = torch.tensor([100, 100, 100] if kind == "pgm" else [200, 100, 50], dtype=torch.uint8)
-    image = TF.to_pil_image(colour.view(3, 1, 1).expand(3, 20, 30)).convert("L" if kind == "pgm" else "RGB")
-    more = {"save_all": True, "append_images": [image.rotate(90)]} if kind in ("gif", "webp") else {}
-    for part in ("train", "val"):  # a class whose name is no text
-        at = os.fsencode(tmp_path) + b"/set/" + part.encode() + b"/caf\xe9"
-        os.makedirs(at)
-        image.save(tmp_path / f"x.{kind}", **more, **({"format": "JPEG"} if kind == "jfif" else {}))
-        os.rename(tmp_path / f"x.{kind}", at + b"/\xff\xfe." + kind.upper().encode())
-        (tmp_path / "set" / part / "Thumbs.db").write_text("beside the classes")
-    with open(at + b"/notes.txt", "w") as file:
-        file.write("among the images")
-    sets = data.open_sets(str(tmp_path / "set"))
-    assert (sets.train.others, sets.val.others) == (0, 1) and len(sets.train) == 1
-    ((images, _),) = data.Stream(sets, settings(batch_size=1)).whole()
-    assert images.shape == (1, 3, 96, 96) and (images[0].float().mean((1, 2)) - colour).abs().max() < 4
+# --- Batches.
 
 
-@pytest.mark.parametrize("kind", ["tif", "pgm", "png"])
-def test_images_of_16_bits_keep_their_upper_eight(tmp_path, kind):
-    Image.fromarray(np.full((4, 5), 100 * 257, np.uint16)).save(tmp_path / f"deep.{kind}")
-    assert (data.decode(tmp_path / f"deep.{kind}") == 100).all()
+@pytest.mark.parametrize("num_images", [1, 2, 7, 1000])
+def test_epoch_order_is_a_shuffle(num_images):
+    order = data.epoch_order(num_images, 0, 5)
+    assert order.sort().values.tolist() == list(range(num_images))
+    assert torch.equal(order, data.epoch_order(num_images, 0, 5))
 
 
-def test_every_operation_of_rand_augment_equals_torchvisions():
+def test_epoch_order_differs_by_epoch_and_seed():
+    order = data.epoch_order(1000, 0, 5)
+    assert not torch.equal(order, data.epoch_order(1000, 0, 6))
+    assert not torch.equal(order, data.epoch_order(1000, 1, 5))
+
+
+def test_repeated_crops_of_an_image_have_different_partners():
+    order = data.epoch_order(3000, 0, 5, repeats=3)
+    assert len(order) == 3000
+    partners = {}
+    for a, b in order.view(-1, 2).tolist():
+        partners.setdefault(a, []).append(b)
+        partners.setdefault(b, []).append(a)
+    assert len(partners) == 1000
+    for image, others in partners.items():
+        assert len(others) == 3 and len({image, *others}) == 4
+
+
+def test_repeated_augmentation_decodes_an_image_once_for_its_crops(folder, monkeypatch):
+    train = data.open_datasets(str(folder)).train
+    decoded = []
+    decode = data.decode
+
+    def record(path):
+        decoded.append(path)
+        return decode(path)
+
+    monkeypatch.setattr(data, "decode", record)
+    loader = make_train_loader(train, batch_size=12, aug_repeats=3)
+    (images, targets), _ = loader  # 24 crops
+    assert len(decoded) == len(set(decoded)) == 8
+    _, rows = images.flatten(1).unique(dim=0, return_inverse=True)
+    assert len(rows.unique()) == 12  # the crops of an image differ
+
+
+@pytest.mark.parametrize("aug_repeats", [1, 3])
+def test_batches_do_not_depend_on_the_number_of_workers(folder, aug_repeats):
+    train = data.open_datasets(str(folder)).train
+    loaders = [make_train_loader(train, aug_repeats=aug_repeats, workers=w) for w in (0, 2)]
+    for epoch in (0, 1):
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        batches = list(loaders[0])
+        assert_equal_batches(batches, loaders[1])
+        assert len(batches) == len(loaders[0]) == 3
+        for images, targets in batches:
+            assert images.shape == (8, 3, 96, 96) and images.dtype == torch.uint8
+            assert torch.equal(targets == 0, images.float().mean((1, 2, 3)) < 100)
+
+
+@pytest.mark.parametrize("kind, img_size", [(data.InMemoryLoader, 32), (data.FileLoader, 96)])
+def test_resumed_epoch_and_shares_give_the_same_batches(folder, kind, img_size):
+    train = data.open_datasets(str(folder)).train
+    loader = make_train_loader(train, img_size=img_size, workers=2)
+    assert type(loader) is kind
+    epochs = []
+    for epoch in (0, 1):
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+    assert not torch.equal(epochs[0][0][0], epochs[1][0][0])
+    resumed = make_train_loader(train, img_size=img_size)
+    resumed.set_epoch(0, first_step=2)
+    assert_equal_batches(resumed, epochs[0][2:])
+    resumed.set_epoch(1)
+    assert_equal_batches(resumed, epochs[1])
+    shares = [data.process_share(8, rank, 3) for rank in range(3)]  # 2, 2 and 4 images
+    parts = [list(make_train_loader(train, share, img_size=img_size)) for share in shares]
+    for batches, expected in zip(zip(*parts, strict=True), epochs[0], strict=True):
+        images, targets = zip(*batches, strict=True)
+        assert [len(t) for t in targets] == [2, 2, 4]
+        assert_equal_batches([(torch.cat(images), torch.cat(targets))], [expected])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("img_size", [32, 96])
+def test_validation_loaders_yield_each_image_once_in_order(folder, img_size, world_size):
+    val = data.open_datasets(str(folder)).val
+    expected = torch.stack([data.center_crop(image, img_size) for image, _ in val])
+    for rank in range(world_size):
+        args = loader_args(img_size=img_size, workers=rank)
+        loader = data.make_val_loader(val, args, rank, world_size)
+        for _ in range(2):
+            images, targets = zip(*data.batches_on_device(loader, "cpu"), strict=True)
+            assert torch.equal(torch.cat(images), expected[rank::world_size])
+            assert torch.cat(targets).tolist() == ([0] * 12 + [1] * 12)[rank::world_size]
+
+
+class BrokenDataset(Dataset):
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return self.imagez[index], 0
+
+
+def read_all(part, dataset, workers, img_size=96):
+    """Read the batches of an epoch. Returns the error, with its traceback, as text."""
+    args = loader_args(workers=workers, img_size=img_size)
+    try:
+        if part == "train":
+            list(data.make_train_loader(dataset, args, WHOLE_BATCH))
+        else:
+            list(data.batches_on_device(data.make_val_loader(dataset, args), "cpu"))
+    except (AttributeError, data.UserError) as error:
+        report = traceback.format_exc()
+        traceback.clear_frames(error.__traceback__)  # ends the loader and its workers
+        return report
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_bug_in_a_dataset_keeps_its_traceback(part, workers):
+    report = read_all(part, BrokenDataset(), workers)
+    assert "AttributeError: 'BrokenDataset' object has no attribute 'imagez'" in report
+    assert "return self.imagez[index], 0" in report and __file__ in report
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_file_that_is_no_image_is_named(folder, part, workers):
+    path = folder / part / "light" / "00.jpg"
+    jpeg = path.read_bytes()
+    cases = [(b"text", "cannot identify"), (b"", "cannot identify"), (jpeg[:500], "Truncated")]
+    for content, reason in cases:
+        path.write_bytes(content)
+        datasets = data.open_datasets(str(folder))
+        for img_size in (32, 96):
+            dataset = datasets.train if part == "train" else datasets.val
+            report = read_all(part, dataset, workers, img_size)
+            assert f"UserError: {path} cannot be decoded: " in report and reason in report
+
+
+# --- Augmentation.
+
+
+def test_rand_augment_operations_equal_torchvisions():
     x = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     x = TF.gaussian_blur(x, 5)  # smooth, so that interpolation differs little
-    m = torch.full((1, 1, 1, 1), 0.9)
-    fill = [255 * c for c in data.MEAN]
-    geometry = {"interpolation": TF.InterpolationMode.BILINEAR, "fill": fill}
+    magnitude = torch.full((1, 1, 1, 1), 0.9)
+    fill = [255 * mean for mean in data.MEAN]
+    options = {"interpolation": TF.InterpolationMode.BILINEAR, "fill": fill}
     shear = math.degrees(math.atan(0.27))
-    expected = [
-        TF.autocontrast(x),
-        TF.equalize(x),
-        TF.invert(x),
-        TF.posterize(x, 1),
-        TF.solarize(x, 26),
-        torch.where(x < 128, (x.int() + 99).clamp(max=255), x.int()).to(torch.uint8),
-        TF.adjust_saturation(x, 1.81),
-        TF.adjust_contrast(x, 1.81),
-        TF.adjust_brightness(x, 1.81),
-        TF.adjust_sharpness(x, 1.81),
-        TF.rotate(x, 27, **geometry),
-        TF.affine(x, 0, [0, 0], 1.0, [shear, 0], center=[0, 0], **geometry),
-        TF.affine(x, 0, [0, 0], 1.0, [0, shear], center=[0, 0], **geometry),
-        TF.affine(x, 0, [-0.45 * 0.9 * 32, 0], 1.0, [0, 0], **geometry),
-        TF.affine(x, 0, [0, -0.45 * 0.9 * 32], 1.0, [0, 0], **geometry),
-    ]
-    for i, (apply, theirs) in enumerate(zip(data.RAND_AUGMENT, expected, strict=True)):
-        difference = (apply(x, m, m).int() - theirs.int()).abs().float()
-        assert difference.median() <= 1 and difference.mean() < 4, f"operation {i}"
+    translation = -0.45 * 0.9 * 32
+    expected = {
+        "autocontrast": TF.autocontrast(x),
+        "equalize": TF.equalize(x),
+        "invert": TF.invert(x),
+        "posterize": TF.posterize(x, 1),
+        "solarize": TF.solarize(x, 26),
+        "solarize_add": torch.where(x < 128, (x.int() + 99).clamp(max=255), x.int()),
+        "saturation": TF.adjust_saturation(x, 1.81),
+        "contrast": TF.adjust_contrast(x, 1.81),
+        "brightness": TF.adjust_brightness(x, 1.81),
+        "sharpness": TF.adjust_sharpness(x, 1.81),
+        "rotate": TF.rotate(x, 27, **options),
+        "shear_x": TF.affine(x, 0, [0, 0], 1.0, [shear, 0], center=[0, 0], **options),
+        "shear_y": TF.affine(x, 0, [0, 0], 1.0, [0, shear], center=[0, 0], **options),
+        "translate_x": TF.affine(x, 0, [translation, 0], 1.0, [0, 0], **options),
+        "translate_y": TF.affine(x, 0, [0, translation], 1.0, [0, 0], **options),
+    }
+    assert list(data.RAND_AUGMENT) == list(expected)
+    for name, apply in data.RAND_AUGMENT.items():
+        augmented = apply(x, magnitude, magnitude)
+        assert augmented.dtype == torch.uint8
+        difference = (augmented.int() - expected[name].int()).abs().float()
+        assert difference.median() <= 1 and difference.mean() < 4, name
 
 
-def test_augmentation_of_a_batch_is_that_of_its_samples():
+def test_augmentation_of_a_batch_is_that_of_its_images():
     images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8)
     rand = data.uniform((64, 16), "test")
-    together = data.augment(images, rand)
-    alone = torch.cat([data.augment(x[None], r[None]) for x, r in zip(images, rand)])
-    torch.testing.assert_close(together, alone)
-    changed = (together != data.normalize(images)).flatten(1).any(1)
+    augmented = data.augment(images, rand)
+    one_by_one = [data.augment(images[i : i + 1], rand[i : i + 1]) for i in range(64)]
+    torch.testing.assert_close(augmented, torch.cat(one_by_one))
+    changed = (augmented != data.normalize(images)).flatten(1).any(1)
     assert changed.float().mean() > 0.8
-    light = data.augment(images, rand, flip=False, full=False)
-    assert torch.equal(light, data.normalize(images))
+    unchanged = data.augment(images, rand, hflip=False, full=False)
+    assert torch.equal(unchanged, data.normalize(images))
+    flipped = data.augment(images, rand, hflip=True, full=False)
+    is_flipped = (flipped != unchanged).flatten(1).any(1)
+    assert 16 < is_flipped.sum() < 48
+    assert torch.equal(flipped[is_flipped], unchanged[is_flipped].flip(-1))
 
 
-def test_erasing_fills_boxes_of_the_right_size_in_a_quarter_of_the_images():
+def test_normalized_images_have_imagenets_statistics():
+    images = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1).expand(2, 3, 4, 4)
+    expected = TF.normalize(images / 255, data.MEAN, data.STD)
+    torch.testing.assert_close(data.normalize(images), expected)
+
+
+def test_random_erasing_fills_boxes_of_the_right_size_in_a_quarter_of_the_images():
     rand = data.uniform((2000, 7), "test")
-    erased = data.random_erase(torch.zeros(2000, 3, 32, 32), rand, rand)
+    erased = data.random_erase(torch.zeros(2000, 3, 32, 32), rand)
     area = (erased != 0).any(1).float().mean((1, 2))
     assert 0.22 < (area > 0).float().mean() < 0.28
     assert area[area > 0].min() >= 0.015 and area.max() < 0.36
     assert abs(erased[erased != 0].std() - 1) < 0.05
-
-
-def test_torchvisions_sets_are_opened_with_the_splits_that_they_have(monkeypatch):
-    made = []
-
-    def make(root, transform, download=False, **part):
-        made.append(part)
-        image = TF.to_pil_image(torch.zeros(1, 28, 28, dtype=torch.uint8))  # grayscale
-        made_of = TensorDataset(transform(image).expand(4, 3, 28, 28), torch.arange(4))
-        made_of.classes = [*"0123"]
-        return made_of
-
-    for name, _ in data.NAMES.values():
-        assert hasattr(torchvision.datasets, name)
-    monkeypatch.setattr(torchvision.datasets, "MNIST", make)
-    monkeypatch.setattr(torchvision.datasets, "OxfordIIITPet", make)
-    mnist, pets = data.open_sets("mnist"), data.open_sets("oxfordiiitpet")
-    assert made == [{"train": True}, {"train": False}, {"split": "trainval"}, {"split": "test"}]
-    assert len(mnist.classes) == 4 and not mnist.flip and pets.flip
-    assert mnist.train[0][0].shape == (3, 28, 28) and data.native_size(mnist.train) == 28
-
-
-@pytest.mark.parametrize("missing", [RuntimeError, FileNotFoundError])  # USPS says the latter
-def test_torchvisions_sets_are_fetched_where_they_are_missing(monkeypatch, missing):
-    def make(root, transform, download=False, **part):
-        if not download:
-            raise missing("Dataset not found")
-        return TensorDataset(torch.zeros(4, 3, 16, 16, dtype=torch.uint8), torch.arange(4))
-
-    monkeypatch.setattr(torchvision.datasets, "USPS", make)
-    assert len(data.open_sets("usps").train) == 4

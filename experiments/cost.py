@@ -1,33 +1,37 @@
-"""How fast a training step is, and what alignment costs in it, beside the area target and dense labels.
+"""How fast a training step is, and what alignment costs in it.
 
-    python experiments/cost.py                    # DeiT-S and Swin-T at 224 px, some minutes on a CPU
-    python experiments/cost.py --full             # all models, sizes and forms: for a GPU
-    python experiments/cost.py --models deit_base --sizes 384 --forms fused --ways area aligned --rounds 40
+    python experiments/cost.py             # DeiT-S and Swin-T at 224 px, some minutes on a CPU
+    python experiments/cost.py --full      # all models, sizes and forms: for a GPU
+    python experiments/cost.py --models deit_base --sizes 384 --forms fused \\
+        --ways area aligned --rounds 40
 
 Other flags are those of train.py, such as --batch-size, --device and --no-compile.
 
-Four ways to a target are timed in turn, round after round, in each form of attention: the area, aligned
-labels as this project moves them, one share a token, the rule by parts of `weighing.py` on top of that, and
-dense labels, (B, N, 1000), as the authors' code does. A ratio is taken within a round, so that a machine that
-is busy slows both; the table has the median of the rounds and half of its 95 % interval, by bootstrap. "area"
-is the step with the area target beside that of the first form, others are beside the area of their own form.
-TFLOP/s are those of the area step, three times its forward pass; in brackets as a share of what a large
-matrix product reaches, timed in turn as well. Forms:
+Four ways to a target are timed in turn, round after round, in each form of attention: the area,
+aligned labels as this project moves them, one share a token, the rule by parts of `weighing.py` on
+top of that, and dense labels, (B, N, 1000), as the authors' code does. A ratio is taken within a
+round, so that a machine that is busy slows both; the table has the median of the rounds and half of
+its 95 % interval, by bootstrap. "area" is the step with the area target beside that of the first
+form, others are beside the area of their own form. TFLOP/s are those of the area step, three times
+its forward pass; in brackets as a share of what a large matrix product reaches, timed in turn as
+well. Forms:
 
     explicit   the attention matrix is made, and labels reuse it
     fused      scaled_dot_product_attention, and a second call without gradient for the labels
-    narrow     the same with labels padded to 8 numbers, where `fused` pads them to the width of a head
+    narrow     the same with labels padded to 8 numbers, where `fused` pads them to a head's width
     flex       the same by flex_attention, with labels padded to 16 numbers
     channels   labels as eight further channels of the values, in the one call (ViT only)
-    timm       timm's model of that name, if the package is there, with the area target: the rate to beat
+    timm       timm's model of that name, if it is installed, with the area target: the rate to beat
 
-Models are compiled on CUDA, or as --compile says, flex attention always. Arithmetic is the labels' own as a
-share of the model's, by count: with N tokens, h heads of d channels and K numbers a label, a layer takes
+Models are compiled on CUDA, or as --compile says, flex attention always. Arithmetic is the labels'
+own as a share of the model's, by count: with N tokens, h heads of d channels and K numbers a label,
+a layer takes
 
     explicit   h N² + 2 N² K      the mean over heads, and A @ Y
     others     2 h N² (d + w)     the scores again, and values w wide: K, padded as said above
 
-with N for N² in a ViT's last layer, which computes the class token alone. The backward pass needs none of it.
+but for a ViT's last layer, which computes the class token alone: h N + 2 N K in all forms. The
+backward pass needs none of it.
 """
 
 import argparse
@@ -44,7 +48,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler need not say that it starts and stops
+os.environ.setdefault(
+    "KINETO_LOG_LEVEL", "99"
+)  # the profiler need not say that it starts and stops
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -67,25 +73,24 @@ HEAD = """\
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
-def dense_loss(model, images, targets, rand, patch_size, mixing, label, smoothing):
-    """`tl_align.mixed_loss` with class labels at every token and a soft target."""
-    drop = rand[:, 3:].unflatten(1, (-1, 2))
-    mask = tl_align.cutmix_mask(rand[:, :3], images.shape[-2:], patch_size)
+def dense_loss(model, images, targets, mask, rand, args):
+    """`train.mixed_loss` with class labels at every token and a soft target."""
     one_hot = F.one_hot(targets, CLASSES).float()[:, None]
-    labels = torch.lerp(one_hot, tl_align.partner(one_hot), tl_align.token_labels(mask, patch_size))
-    logits, aligned = model(tl_align.mix(images, mask), labels, rand=drop)
-    return F.cross_entropy(logits, aligned, label_smoothing=smoothing)
+    share = tl_align.token_labels(mask, args.patch_size)
+    labels = torch.lerp(one_hot, tl_align.partner(one_hot), share)
+    logits, aligned = model(tl_align.mix(images, mask), labels, rand=rand)
+    return F.cross_entropy(logits, aligned, label_smoothing=args.smoothing)
 
 
 # How the target is found: the loss and its --targets.
 WAYS = {
-    "area": (tl_align.mixed_loss, "area"),
-    "aligned": (tl_align.mixed_loss, "tl_align"),
-    "parts": (tl_align.mixed_loss, "tl_align"),
+    "area": (script.mixed_loss, "area"),
+    "aligned": (script.mixed_loss, "tl_align"),
+    "parts": (script.mixed_loss, "tl_align"),
     "dense": (dense_loss, "tl_align"),
 }
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Forms of attention. WIDTHS: how wide values are that hold labels of k numbers, beside heads of d.
 
 WIDTHS = {
@@ -98,19 +103,20 @@ WIDTHS = {
 }
 
 
-def align_by(attend, width):
-    """`tl_align.align_fused` by another attention, with values of another width."""
+def attend_by(attend, width):
+    """`tl_align.attend_fused` by another attention, with values of another width."""
 
-    def align(labels, q, k, bias=None):
+    def attend_fused(labels, q, k, bias=None):
+        if labels is None:
+            return None
         windows, n = labels.shape[1] if labels.dim() == 4 else 1, labels.shape[-1]
         heads, bias = q.shape[1] // windows, bias if bias is None else bias.detach()
         y = F.pad(labels, (0, width(q.shape[-1], n) - n)).to(q.dtype)
         y = y.reshape(len(y), windows, 1, *y.shape[-2:]).repeat(1, 1, heads, 1, 1).flatten(1, 2)
-        moved = attend(q.detach(), k.detach(), y, bias)[..., :n].unflatten(1, (windows, heads))
-        labels = labels[..., : q.shape[-2], :]
-        return (labels + moved.mean(2, dtype=labels.dtype).reshape(labels.shape)) / 2
+        y = attend(q.detach(), k.detach(), y, bias)[..., :n].unflatten(1, (windows, heads))
+        return y.mean(2, dtype=labels.dtype).reshape(labels.shape)
 
-    return align
+    return attend_fused
 
 
 @torch.compile(dynamic=False)
@@ -120,24 +126,25 @@ def flex(q, k, v, bias):
     return flex_attention(q, k, v, score_mod=None if bias is None else biased)
 
 
-ALIGN = {
-    "narrow": align_by(F.scaled_dot_product_attention, WIDTHS["narrow"]),
-    "flex": align_by(flex, WIDTHS["flex"]),
+ATTEND = {
+    "narrow": attend_by(F.scaled_dot_product_attention, WIDTHS["narrow"]),
+    "flex": attend_by(flex, WIDTHS["flex"]),
 }
 
 
-def channels(self, x, labels=None, rows=None):
+def channels(self, x, labels=None, class_only=False):
     """`vit.Attention.forward` with labels as further channels of the values."""
-    q, k, v = self.project(x, rows)
+    if class_only:
+        return vit.Attention.forward(self, x, labels, class_only)
+    q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
     scale, d = q.shape[-1] ** -0.5, q.shape[-1]
     if labels is not None:
         wide = WIDTHS["channels"](d, labels.shape[-1])
-        y = F.pad(labels, (0, wide - labels.shape[-1]))[:, None].expand(-1, self.heads, -1, -1)
+        y = F.pad(labels, (0, wide - labels.shape[-1]))[:, None].expand(-1, self.num_heads, -1, -1)
         v, q, k = torch.cat([v, y.to(v.dtype)], -1), F.pad(q, (0, wide)), F.pad(k, (0, wide))
     x = F.scaled_dot_product_attention(q, k, v, scale=scale)
     if labels is not None:
-        moved = x[..., d : d + labels.shape[-1]].detach().mean(1, dtype=labels.dtype)
-        labels = (labels[:, :rows] + moved) / 2
+        labels = x[..., d : d + labels.shape[-1]].detach().mean(1, dtype=labels.dtype)
     return self.proj(rearrange(x[..., :d], "b h n d -> b n (h d)")), labels
 
 
@@ -146,31 +153,32 @@ class Timm(nn.Module):
 
     depth = 1  # drop path finds its own random numbers
 
-    def __init__(self, name, img_size, patch_size, num_classes, drop_path, window=None):
+    def __init__(self, s):
         super().__init__()
         import timm
 
-        kwargs = {"img_size": img_size, "num_classes": num_classes, "drop_path_rate": drop_path}
-        name += "_patch4_window7_224" if window else "_patch16_224"
-        self.model = timm.create_model(name, **kwargs, **({"window_size": window} if window else {}))
+        kwargs = {"img_size": s.img_size, "num_classes": CLASSES, "drop_path_rate": s.drop_path}
+        name = f"{s.model}_patch16_224"
+        if s.model.startswith("swin"):
+            name = f"{s.model}_patch4_window7_224"
+            kwargs["window_size"] = script.swin_window_size(s.img_size, s.patch_size)
+        self.model = timm.create_model(name, **kwargs)
 
     def forward(self, images, rand=None):
         return self.model(images)
 
 
 def trainer_of(s, form):
-    timm = {s.model: lambda **kwargs: Timm(s.model, **kwargs)} if form == "timm" else {}
-    with mock.patch.dict(script.MODELS, timm):
-        trainer = script.Trainer(s, CLASSES)
-    for module in trainer.raw.modules():
+    model = Timm(s) if form == "timm" else script.build_model(s, CLASSES)
+    for module in model.modules():
         if isinstance(module, (vit.Attention, swin.WindowAttention)):
             module.fused = form != "explicit"
         if form == "channels" and isinstance(module, vit.Attention):
             module.forward = channels.__get__(module)
-    return trainer
+    return script.Trainer(s, model)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured.
 
 
@@ -181,12 +189,14 @@ def arithmetic(s, form, k):
     def count(module, args, output):
         nonlocal total
         *_, windows, n, dim = (1, *args[0].shape[1:])
-        pairs, h = windows * n * output[0].shape[-2], module.heads
-        width = WIDTHS[form] and WIDTHS[form](dim // h, k)
+        rows, h = output[0].shape[-2], module.num_heads
+        pairs = windows * n * rows
+        explicit = WIDTHS[form] is None or rows < n  # the class token's row is always formed
+        width = None if explicit else WIDTHS[form](dim // h, k)
         total += 2 * h * pairs * (dim // h + width) if width else pairs * (h + 2 * k)
 
+    model = script.build_model(s, CLASSES).to("meta")
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = script.build(s, CLASSES)
         for module in model.modules():
             if isinstance(module, (vit.Attention, swin.WindowAttention)):
                 module.register_forward_hook(count)
@@ -196,7 +206,7 @@ def arithmetic(s, form, k):
 
 def peak_memory(step, trainer):
     """Bytes that are allocated at most during a step, weights and moments included."""
-    if trainer.device.type == "cuda":
+    if trainer.args.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()  # of all trainers
         step()
@@ -208,7 +218,7 @@ def peak_memory(step, trainer):
             run.export_chrome_trace(f"{folder}/trace.json")
             events = json.loads(Path(f"{folder}/trace.json").read_text())["traceEvents"]
         held = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
-    return held + 3 * sum(4 * p.numel() for p in trainer.raw.parameters())
+    return held + 3 * sum(4 * p.numel() for p in trainer.raw_model.parameters())
 
 
 def interval(ratios):
@@ -224,29 +234,40 @@ def interval(ratios):
 
 def settings(name, size, more):
     """Those of a model and a size of images. more: flags of train.py."""
-    s = script.parse(["--augment=light", *more, "--data=noise", f"--model={name}", f"--img-size={size}"])
-    vars(s).setdefault("batch_size", 256 if s.device == "cuda" else 8)
-    script.check(script.recipe(s, size, 1_281_167), 1_281_167, 1)
+    flags = ["--data=noise", f"--model={name}", f"--img-size={size}"]
+    s = script.parse_args(["--augment=light", "--mix-prob=1", *more, *flags])
+    script.set_default(s, "batch_size", 256 if s.device == "cuda" else 8)
+    script.fill_defaults(s, size, 1_281_167)
+    script.check_args(s, 1_281_167)
     return s
 
 
 def measure(s, args):
     """The rows of the table for the model and the size of these settings."""
     forms = [f for f in args.forms if f != "channels" or not s.model.startswith("swin")]
-    images = torch.randint(256, (s.batch_size, 3, s.img_size, s.img_size), dtype=torch.uint8, device=s.device)
+    images = torch.randint(
+        256, (s.batch_size, 3, s.img_size, s.img_size), dtype=torch.uint8, device=s.device
+    )
     labels = torch.randint(CLASSES, (s.batch_size,), device=s.device)
     torch._dynamo.reset()
     trainers = {form: trainer_of(s, form) for form in forms}
-    side, most, wait = (8192, 10, torch.cuda.synchronize) if s.device == "cuda" else (2048, 1, lambda: None)
+    side, most, wait = (
+        (8192, 10, torch.cuda.synchronize) if s.device == "cuda" else (2048, 1, lambda: None)
+    )
     repeat = args.steps or most
-    matrix = torch.randn(side, side, device=s.device, dtype=torch.bfloat16 if s.bf16 else torch.float32)
+    matrix = torch.randn(
+        side, side, device=s.device, dtype=torch.bfloat16 if s.bf16 else torch.float32
+    )
 
     def step(form, way):
         trainer = trainers[form]
         trainer.loss, s.targets = WAYS[way]
-        rule = weighing.by(trainer.raw, "parts") if way == "parts" else contextlib.nullcontext()
-        with rule, mock.patch.object(tl_align, "align_fused", ALIGN.get(form, tl_align.align_fused)):
-            trainer.step(images, labels, 0, 1000)
+        rule = (
+            weighing.by(trainer.raw_model, "parts") if way == "parts" else contextlib.nullcontext()
+        )
+        attend_fused = ATTEND.get(form, tl_align.attend_fused)
+        with rule, mock.patch.object(tl_align, "attend_fused", attend_fused):
+            trainer.train_step(images, labels, 0, script.lr_at(0, s, 1000))
 
     def seconds(action, *which):
         action(*which)  # not timed: finds memory as the way before it left it
@@ -292,15 +313,19 @@ def measure(s, args):
         cells += [cell(time_of, area, (forms[0], "area"))]
         cells += [cell(time_of, which, area) for which in others]
         cells += [cell(lambda a: f"{memory[a] / 2**30:.2f}", area)]
-        cells += [cell(lambda w, a: f"{memory[w] / memory[a]:.3f}", which, area) for which in others]
-        cells += ["" if form == "timm" else f"{100 * part / whole:.2f} %" for part in (aligned, dense)]
+        cells += [
+            cell(lambda w, a: f"{memory[w] / memory[a]:.3f}", which, area) for which in others
+        ]
+        cells += [
+            "" if form == "timm" else f"{100 * part / whole:.2f} %" for part in (aligned, dense)
+        ]
         yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--full", action="store_true", help="all models, sizes and forms")
-    names = [make.__name__ for make in script.VITS + script.SWINS]
+    names = [name for name in script.MODELS if name.startswith(("vit", "deit", "swin"))]
     parser.add_argument("--models", nargs="+", default=["deit_small", "swin_tiny"], choices=names)
     parser.add_argument("--sizes", nargs="+", type=int, default=[224])
     parser.add_argument("--forms", nargs="+", default=["explicit", "fused"], choices=WIDTHS)
@@ -317,13 +342,17 @@ def main():
     torch._dynamo.config.cache_size_limit = 64  # each form and way is a graph of its own,
     torch._dynamo.config.automatic_dynamic_shapes = False  # with shapes that are known
 
-    every = [settings(name, size, more) for name, size in itertools.product(args.models, args.sizes)]
+    every = [
+        settings(name, size, more) for name, size in itertools.product(args.models, args.sizes)
+    ]
     args.out.mkdir(parents=True, exist_ok=True)
     with (args.out / "cost.md").open("w", buffering=1) as table:
         for row in itertools.chain([HEAD], *(measure(s, args) for s in every)):
             print(row, file=table)
             print(row, flush=True)
-    print(f"\nthe same in {args.out}/cost.md; batch {every[0].batch_size}, torch {torch.__version__}")
+    print(
+        f"\nthe same in {args.out}/cost.md; batch {every[0].batch_size}, torch {torch.__version__}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
 """Whose image does the head really read? The shares that methods assign, held against the truth
 (the paper's Figure 4 and its token fluctuation).
 
-    python experiments/mixing_ratio.py                                  # built-in images, minutes on a CPU
-    python experiments/mixing_ratio.py --data cifar10 --images 100 --batch-size 50     # runs of compare.py
+    python experiments/mixing_ratio.py                           # built-in images, minutes on a CPU
+    python experiments/mixing_ratio.py --data cifar10 --images 100 --batch-size 50  # of compare.py
 
-Validation images are mixed by CutMix and shown to models trained with the area target and with aligned
-ones: ViT, Swin, MLP-Mixer and ConvNeXt. Area, TransMix (ViT only), TL-Align and TL-Align with residuals
-weighed by norm each say what share of the mix is the pasted image's, TL-Align after every layer, as the
-head would read it there. Two truths:
+Validation images are mixed by CutMix and shown to models trained with the area target and with
+aligned ones: ViT, Swin, MLP-Mixer and ConvNeXt. Area, TransMix (ViT only), TL-Align and TL-Align
+with residuals weighed by norm each say what share of the mix is the pasted image's, TL-Align after
+every layer, as the head would read it there. Two truths:
 
-    influence   The share of the pasted image in what the head's answer owes to both. Either source is
-                taken away by putting the mean patch in the place of its patches; a source's worth is its
-                Shapley value over the four combinations, a vector of logits,
+    influence   The share of the pasted image in what the head's answer owes to both. Either source
+                is taken away by putting the mean patch in the place of its patches; a source's
+                worth is its Shapley value over the four combinations, a vector of logits,
                     phi_2 = (v(2) - v() + v(1, 2) - v(1)) / 2,    likewise phi_1,
                 and the share is |phi_2| / (|phi_1| + |phi_2|), with the Euclidean norm.
-    objects     For the built-in images, whose objects are known: the pasted object's visible pixels, as a
-                share of those of both objects. Mixes that show neither are left out.
+    objects     For the built-in images, whose objects are known: the pasted object's visible
+                pixels, as a share of those of both objects. Mixes that show neither are left out.
 
-For each: mean absolute error, and Spearman's rank correlation over the mixes, as the mean over seeds, with
-95 % intervals by bootstrap over pairs of images. Beyond the area: the correlation of what a method adds to
-the area's share with what the influence adds, and the factor on the former that fits the latter best: below
-one, a method leaves the area in the right direction but too far. Fluctuation is how far a token's label
-is, on average, from the share of its own pixels.
+For each: mean absolute error, and Spearman's rank correlation over the mixes, as the mean over
+seeds, with 95 % intervals by bootstrap over pairs of images. Beyond the area: the correlation of
+what a method adds to the area's share with what the influence adds, and the factor on the former
+that fits the latter best: below one, a method leaves the area in the right direction but too far.
+Fluctuation is how far a token's label is, on average, from the share of its own pixels.
 """
 
 import contextlib
@@ -34,26 +34,28 @@ from einops import rearrange
 
 import runs
 import tl_align  # on the path that `models` has set
+import transmix
 import weighing
 from runs import data
 
 MODELS = ["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"]
 TRAINED = ("area", "TL-Align")
 SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
-RULES = {"TL-Align": contextlib.nullcontext, "TL-Align, norm": lambda model: weighing.by(model, "norm")}
+RULES = {
+    "TL-Align": contextlib.nullcontext,
+    "TL-Align, norm": lambda model: weighing.by(model, "norm"),
+}
 
 
 def validation(sets, s, n):
     """The first n validation images, (n, 3, S, S) normalised."""
-    crops = data.Crops(sets, s.img_size)
-    images = torch.stack([crops["val", i, None][0] for i in range(n)])
-    return data.normalize(images.movedim(-1, 1).contiguous())
+    return data.normalize(runs.crops_of(sets.val, s.img_size, range(n)))
 
 
 def influence(model, mixed, owners, instead):
-    """The first truth, for K sources: (B, K), rows summing to one. mixed: (B, 3, S, S). owners: one where a
-    pixel is the source's, else zero, (B, K, 1, S, S). instead: what stands for a source that is taken away,
-    images (1 or B, 3, S, S), over which the logits are averaged."""
+    """The first truth, for K sources: (B, K), rows summing to one. mixed: (B, 3, S, S). owners: one
+    where a pixel is the source's, else zero, (B, K, 1, S, S). instead: what stands for a source
+    that is taken away, images (1 or B, 3, S, S), over which the logits are averaged."""
     sources = range(owners.shape[1])
     subsets = [s for size in range(len(sources) + 1) for s in itertools.combinations(sources, size)]
     value, worth = {}, []
@@ -72,15 +74,19 @@ def influence(model, mixed, owners, instead):
 
 def mean_patch(images, s):
     """The mean patch of images, all over one: (1, 3, S, S)."""
-    mean = rearrange(images, "b c (h p) (w q) -> c p q (b h w)", p=s.patch_size, q=s.patch_size).mean(-1)
+    mean = rearrange(
+        images, "b c (h p) (w q) -> c p q (b h w)", p=s.patch_size, q=s.patch_size
+    ).mean(-1)
     return mean.repeat(1, 1, s.img_size // s.patch_size, s.img_size // s.patch_size)
 
 
 def shown(images, owners):
-    """What a mix of K neighbours shows of each, its own part first: (B, K, C, S, S). images: (B, C, S, S).
-    owners: (B, K, 1, S, S)."""
+    """What a mix of K neighbours shows of each, its own part first: (B, K, C, S, S). images: (B, C,
+    S, S). owners: (B, K, 1, S, S)."""
     of = images.unflatten(0, (-1, owners.shape[1]))
-    return torch.stack([of.roll(-k, dims=1).flatten(0, 1) for k in range(of.shape[1])], dim=1) * owners
+    return (
+        torch.stack([of.roll(-k, dims=1).flatten(0, 1) for k in range(of.shape[1])], dim=1) * owners
+    )
 
 
 def objects(masks, owners):
@@ -90,8 +96,8 @@ def objects(masks, owners):
 
 
 def look(model, images, mask, s):
-    """What each method says of each mix, {(method, layer): (n,)}, the influence, (n,), and how far labels
-    have moved, {(method, layer): mean}."""
+    """What each method says of each mix, {(method, layer): (n,)}, the influence, (n,), and how far
+    labels have moved, {(method, layer): mean}."""
     said, true, moved = {}, [], {}
     mean = mean_patch(images, s)
     for x, m in zip(tl_align.mix(images, mask).split(200), mask.split(200)):
@@ -99,14 +105,18 @@ def look(model, images, mask, s):
         labels = tl_align.token_labels(m, s.patch_size)
         found = {("area", ""): labels.mean((1, 2))}
         if runs.has_class_token(s.model):
-            found["TransMix", ""] = tl_align.transmix(labels, model(x, looks=True)[1])[:, 0]
+            with transmix.record_class_attention(model) as attention:
+                model(x)
+            found["TransMix", ""] = transmix.transmix(labels, attention[0])[:, 0]
         for method, rule in RULES.items():
             with rule(model):
-                layers = model.layer_labels(x, labels)
+                layers = model.intermediate_labels(x, labels)
             for layer, (tokens, read) in enumerate(layers[1:], 1):
                 found[method, layer] = read[:, 0]
                 pixels = F.adaptive_avg_pool2d(m, tokens.shape[1:3])[:, 0]
-                moved.setdefault((method, layer), []).append((tokens[..., 0] - pixels).abs().mean().item())
+                moved.setdefault((method, layer), []).append(
+                    (tokens[..., 0] - pixels).abs().mean().item()
+                )
         for key, share in found.items():
             said.setdefault(key, []).append(share.cpu())
         true.append(influence(model, x, torch.stack([1 - m, m], dim=1), [mean])[:, 1].cpu())
@@ -116,16 +126,22 @@ def look(model, images, mask, s):
 
 def ranks(x):
     """The rank of each number along the last axis; equal ones share theirs."""
-    return (x[..., :, None] > x[..., None, :]).sum(-1) + (x[..., :, None] == x[..., None, :]).sum(-1) / 2
+    return (x[..., :, None] > x[..., None, :]).sum(-1) + (x[..., :, None] == x[..., None, :]).sum(
+        -1
+    ) / 2
 
 
 def scores(said, true, group=2, resamples=1000):
-    """Error and rank correlation, each as (value, low, high), of shares (seeds, n) against the truth.
-    group: how many neighbours are mixes of the same images, and are drawn together."""
+    """Error and rank correlation, each as (value, low, high), of shares (seeds, n) against the
+    truth. group: how many neighbours are mixes of the same images, and are drawn together."""
     n = true.shape[1]
-    drawn = torch.randint(n // group, (resamples, n // group), generator=data.generator("bootstrap"))
+    drawn = torch.randint(
+        n // group, (resamples, n // group), generator=data.generator("bootstrap")
+    )
     times = torch.zeros(resamples, n // group).scatter_add(1, drawn, torch.ones(drawn.shape))
-    weight = torch.cat([torch.ones(1, n), times.repeat_interleave(group, dim=1)])  # as it is, then drawn
+    weight = torch.cat(
+        [torch.ones(1, n), times.repeat_interleave(group, dim=1)]
+    )  # as it is, then drawn
     seen = ~(said + true).isnan().any(0)
     weight = (weight[:, seen] / weight[:, seen].sum(1, keepdim=True)).double()
 
@@ -146,7 +162,8 @@ def cell(value, low, high):
 
 
 def beyond(said, true, area):
-    """Correlation of said - area with true - area, and the factor that fits, of shares (seeds, n)."""
+    """Correlation of said - area with true - area, and the factor that fits, of shares (seeds,
+    n)."""
     a, b = said - area, true - area
     r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b)])
     return r.mean().item(), ((a * b).mean(1) / (a * a).mean(1)).mean().item()
@@ -159,7 +176,9 @@ def main():
     sets = runs.open_part(args)
     n = min(args.mixes, len(sets.val)) // 2 * 2
     trained_by = {
-        (model, trained): [runs.settings(args, sets, model, trained, seed) for seed in range(args.seeds)]
+        (model, trained): [
+            runs.settings(args, sets, model, trained, seed) for seed in range(args.seeds)
+        ]
         for model in args.models
         for trained in TRAINED
     }
@@ -173,7 +192,9 @@ def main():
         truths = {"influence": torch.stack([true for _, true, _ in looks])}
         if args.data == "shapes":
             masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
-            truths["objects"] = objects(masks, torch.stack([1 - mask, mask], dim=1)).expand(args.seeds, -1)
+            truths["objects"] = objects(masks, torch.stack([1 - mask, mask], dim=1)).expand(
+                args.seeds, -1
+            )
         depth = max(layer for _, layer in looks[0][2])
         area, found = torch.stack([said["area", ""] for said, _, _ in looks]), {}
         for key in looks[0][0]:
@@ -184,14 +205,21 @@ def main():
             cells = [cell(*score) for score in both]
             more = [*beyond(said, truths["influence"], area)]
             more.append(sum(moved) / len(moved) if moved else math.nan)
-            row = [model, trained, *key, *cells, *("" if math.isnan(v) else f"{v:.2f}" for v in more)]
+            row = [
+                model,
+                trained,
+                *key,
+                *cells,
+                *("" if math.isnan(v) else f"{v:.2f}" for v in more),
+            ]
             layers.append(row)
             last += [row[:3] + row[4:]] * (key[1] in ("", depth))
         print(f"{model} trained with {trained}: looked at {n} mixes", flush=True)
         for truth in truths:
             series = {
                 method: [
-                    found.get((method, at), found.get((method, "")))[truth][0] for at in range(1, depth + 1)
+                    found.get((method, at), found.get((method, "")))[truth][0]
+                    for at in range(1, depth + 1)
                 ]
                 for method in dict.fromkeys(method for method, _ in found)
             }

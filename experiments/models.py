@@ -1,6 +1,6 @@
-"""The models of the experiments: train.py's, others that it does not know, and rules that move their labels.
+"""The models of the experiments: train.py's, further ones, and rules that move their labels.
 
-Whoever imports this gets them from `train.MODELS`, `train.recipe` and `train.build`.
+Whoever imports this gets them from `train.MODELS`, `train.fill_defaults` and `train.build_model`.
 """
 
 import sys
@@ -14,29 +14,43 @@ import swin  # noqa: E402
 import train as script  # noqa: E402
 import weighing  # noqa: E402
 
-# A Swin of DeiT-T's size for 32 px: 16 x 16 tokens, then 8 x 8 and 4 x 4; 5.2 million parameters.
-SWIN_5M = {"dim": 64, "depths": (2, 6, 4), "heads": (2, 4, 8), "window": 4}
-script.MODELS["swin_5m"] = lambda **kwargs: swin.Swin(**{**SWIN_5M, **kwargs})
-MIXERS = [mixer.mixer_micro, mixer.mixer_small, mixer.mixer_base]
-CONVNEXTS = [convnext.convnext_micro, convnext.convnext_tiny, convnext.convnext_small]
-script.MODELS |= {make.__name__: make for make in MIXERS + CONVNEXTS}
-DROP_PATH = {"mixer_micro": 0.0, "convnext_micro": 0.0, "convnext_small": 0.4}
+
+def swin_5m(**kwargs):
+    """A Swin of DeiT-T's size for 32 px: 16 x 16 tokens, then 8 x 8 and 4 x 4; 5.2 million
+    parameters."""
+    sizes = {"embed_dim": 64, "depths": (2, 6, 4), "num_heads": (2, 4, 8), "window_size": 4}
+    return swin.Swin(**{**sizes, "init_std": None, **kwargs})
 
 
-def recipe(s, side, images, known=script.recipe):
-    """`train.recipe`, with what it does not know of these models."""
-    if s.model.startswith("convnext"):
-        vars(s).setdefault("patch_size", 4 if vars(s).get("img_size", side) > data.SMALL else 2)
-    if s.model in DROP_PATH:
-        vars(s).setdefault("drop_path", DROP_PATH[s.model])
-    return known(s, side, images)
+# Each with its rate of stochastic depth in the last block.
+MODELS = {
+    swin_5m: 0.1,
+    mixer.mixer_micro: 0.0,
+    mixer.mixer_small: 0.1,
+    mixer.mixer_base: 0.1,
+    convnext.convnext_micro: 0.0,
+    convnext.convnext_tiny: 0.1,
+    convnext.convnext_small: 0.4,
+}
+for make, rate in MODELS.items():
+    script.MODELS[make.__name__] = make
+    script.DROP_PATH[make.__name__] = rate
 
 
-def build(s, classes, known=script.build):
-    """`train.build`, whose labels follow another rule where a run's settings have a residual."""
-    model = known(s, classes)
-    if "residual" in s:
-        weighing.weigh(model, s.residual)
+def fill_defaults(args, image_size, num_images, hflip=True, known=script.fill_defaults):
+    """`train.fill_defaults`, with ConvNeXt's patches, which are as small as Swin's."""
+    if args.model.startswith("convnext") and args.patch_size is None:
+        img_size = args.img_size or script.default_img_size(image_size)
+        args.patch_size = 4 if img_size > data.SMALL_SIZE else 2
+    return known(args, image_size, num_images, hflip)
+
+
+def build_model(args, num_classes, known=script.build_model):
+    """`train.build_model`, whose labels follow another rule where a run's settings have a
+    residual."""
+    model = known(args, num_classes)
+    if "residual" in args:
+        weighing.weigh(model, args.residual)
     return model
 
 
@@ -44,4 +58,5 @@ def has_class_token(name):
     return name.startswith(("vit", "deit"))
 
 
-script.recipe, script.build = recipe, build
+script.fill_defaults = fill_defaults
+script.build_model = build_model

@@ -3,10 +3,11 @@
     python experiments/picture.py runs/shapes-vit_micro-cutmix-tl_align/best.pt
     python experiments/picture.py deit_small_patch16_224.pth --model deit_small --data /imagenet
 
-A row for each of a few mixed validation images: the mix, the area that was pasted, and the labels after
-some of the layers. Blue belongs to the image itself, orange to the pasted one; the number is the pasted
-image's share as the head would read it there, and under "aligned" the target. Settings come from the
-checkpoint as with `train.py --eval`, or from train.py's flags, such as --data, --root and --device.
+A row for each of a few mixed validation images: the mix, the area that was pasted, and the labels
+after some of the layers. Blue belongs to the image itself, orange to the pasted one; the number is
+the pasted image's share as the head would read it there, and under "aligned" the target. Settings
+come from the checkpoint as with `train.py --eval`, or from train.py's flags, such as --data, --root
+and --device.
 """
 
 import argparse
@@ -22,28 +23,32 @@ import tl_align  # on the path that `models` has set
 import weighing
 from runs import data, script
 
-ROWS, LAYERS = 5, 7  # at most so many layers
+ROWS, LAYERS = 2, 4  # at most so many layers
 CELL, CAPTION, GAP = 112, 18, 6  # pixels
-OWN, PARTNER = (0.15, 0.32, 0.62), (0.98, 0.67, 0.23)  # colours of a share of 0 and of 1
+COLOURS = [(0.0, 0.25, 0.9), (1.0, 1.0, 1.0), (1.0, 0.5, 0.0)]  # of a share of 0, 1/2 and 1
 
 
 def paint(share):
     """(B, 1, H, W) in [0, 1] to colours (B, 3, H, W) from 0 to 255."""
-    own, partner = torch.tensor([OWN, PARTNER])[:, :, None, None] * 255
-    return torch.lerp(own, partner, share.cpu())
+    blue, white, orange = torch.tensor(COLOURS)[:, :, None, None] * 255
+    share = share.cpu()
+    return torch.where(
+        share < 0.5, torch.lerp(blue, white, 2 * share), torch.lerp(white, orange, 2 * share - 1)
+    )
 
 
 @torch.no_grad()
 def draw(model, sets, s):
     """The picture as a file's bytes, a PNG."""
-    crops = data.Crops(sets, s.img_size)
     chosen = torch.linspace(0, len(sets.val) - 1, 2 * ROWS).long().tolist()
-    images = torch.stack([crops["val", i, None][0] for i in chosen]).movedim(-1, 1).float()
-    at = data.uniform((len(images), 3), "picture") * 0.5 + 0.25  # boxes of middling size, not at the border
+    images = runs.crops_of(sets.val, s.img_size, chosen).float()
+    at = (
+        data.uniform((len(images), 3), "picture") * 0.5 + 0.25
+    )  # boxes of middling size, not at the border
     mask = tl_align.cutmix_mask(at, images.shape[-2:], s.patch_size)
     mixed, labels = tl_align.mix(images, mask), tl_align.token_labels(mask, s.patch_size)
     given = data.normalize(mixed).to(s.device), labels.to(s.device)
-    layers = model.layer_labels(*given)
+    layers = model.intermediate_labels(*given)
     layers[-1] = layers[-1][0], model(*given)[1]  # which is the target by any rule
 
     last = len(layers) - 1
@@ -54,12 +59,15 @@ def draw(model, sets, s):
         columns.append((title, paint(share.movedim(-1, 1)), read[:, 0]))
     name = lambda title, read, row: title if read is None else f"{title}: {read[row].item():.2f}"
     rows = range(0, 2 * ROWS, 2)
-    cells = [(name(title, read, row), pictures[row]) for row in rows for title, pictures, read in columns]
+    cells = [
+        (name(title, read, row), pictures[row]) for row in rows for title, pictures, read in columns
+    ]
     return grid(cells, len(columns))
 
 
 def grid(cells, columns):
-    """Pictures with captions, so many in a row: a PNG's bytes. cells: (caption, (3, H, W) from 0 to 255)."""
+    """Pictures with captions, so many in a row: a PNG's bytes. cells: (caption, (3, H, W) from 0 to
+    255)."""
     drawn, frame = [], torch.tensor([[0, 0, CELL - 1, CAPTION + CELL - 1]])
     for caption, cell in cells:
         cell = F.interpolate(cell[None].cpu(), (CELL, CELL), mode="area")[0]
@@ -72,16 +80,18 @@ def grid(cells, columns):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="of train.py, or DeiT's, timm's ViT or Microsoft's Swin")
-    parser.add_argument("--out", type=Path, help="file to write [alignment.png beside the checkpoint]")
+    parser.add_argument(
+        "--out", type=Path, help="file to write [alignment.png beside the checkpoint]"
+    )
     args, more = parser.parse_known_args()
-    s = script.parse(["--eval", args.checkpoint, *more])
-    sets = data.open_sets(s.data, s.root, s.seed)
-    script.recipe(s, data.native_size(sets.train), len(sets.train))
-    model, saved = runs.model_of(s, sets), script.read_checkpoint(args.checkpoint)
-    if rule := saved.get("settings", {}).get("residual"):
+    s = script.parse_args(["--eval", args.checkpoint, *more])
+    sets = data.open_datasets(s.data, s.root, s.seed)
+    script.fill_defaults(s, data.median_size(sets.train), len(sets.train))
+    model, saved = runs.model_of(s, sets), script.load_checkpoint(args.checkpoint)
+    if rule := runs.args_of(saved).get("residual"):
         weighing.weigh(model, rule)
     out = args.out or Path(args.checkpoint).with_name("alignment.png")
-    script.write_beside(out, draw(model, sets, s))
+    runs.write_bytes(out, draw(model, sets, s))
     print(f"{out}: {ROWS} mixed images of {s.data}, and their labels layer by layer")
 
 

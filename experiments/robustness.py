@@ -1,18 +1,18 @@
-"""What aligned targets do for a model's robustness and calibration, beside the area target (Table 5).
+"""What aligned targets do for a model's robustness and calibration (the paper's Table 5).
 
-    python experiments/robustness.py                            # trains what is needed, minutes on a CPU
-    python experiments/robustness.py --data cifar10 --images 100 --batch-size 50       # runs of compare.py
+    python experiments/robustness.py                     # trains what is needed, minutes on a CPU
+    python experiments/robustness.py --data cifar10 --images 100 --batch-size 50    # of compare.py
     python experiments/robustness.py --data /imagenet --checkpoints area/best.pt tl_align/best.pt \\
-        --folders /imagenet-a /imagenet-r /imagenet-c                         # the first is the baseline
+        --folders /imagenet-a /imagenet-r /imagenet-c                   # the first is the baseline
 
-On validation images: top-1 accuracy, the expected calibration error over 15 bins of confidence, and top-1
-under FGSM and ten steps of PGD, whose radius (1 and 4 of 255 levels) bounds the change of each channel;
-with a quarter, a half and three quarters of the patches blanked by chance; and under the fifteen
-corruptions of Hendrycks and Dietterich (arXiv 1903.12261), each the mean over five severities. Those are
-made here, in the manner of theirs and with strengths that grow evenly and scale with the image, so they
-compare two models and not with published numbers; for these there is --folders: images in folders named
-by class, as in ImageNet-A and -R, or somewhere below, as in ImageNet-C. Where a folder has only some of
-the classes, the answer is the best one among them.
+On validation images: top-1 accuracy, the expected calibration error over 15 bins of confidence, and
+top-1 under FGSM and ten steps of PGD, whose radius (1 and 4 of 255 levels) bounds the change of
+each channel; with a quarter, a half and three quarters of the patches blanked by chance; and under
+the fifteen corruptions of Hendrycks and Dietterich (arXiv 1903.12261), each the mean over five
+severities. Those are made here, in the manner of theirs and with strengths that grow evenly and
+scale with the image, so they compare two models and not with published numbers; for these there is
+--folders: images in folders named by class, as in ImageNet-A and -R, or somewhere below, as in
+ImageNet-C. Where a folder has only some of the classes, the answer is the best one among them.
 """
 
 import itertools
@@ -34,8 +34,9 @@ RADII, STEPS = (1, 4), 10  # of 255 levels; steps of PGD
 BLANKED, BINS = (0.25, 0.5, 0.75), 15
 
 
-# ---------------------------------------------------------------------------------------------------
-# The fifteen corruptions. x: (B, 3, S, S) in [0, 1]. t: severity, 0.2 to 1. g: a generator of numbers.
+# --------------------------------------------------------------------------------------------------
+# The fifteen corruptions. x: (B, 3, S, S) in [0, 1]. t: severity, 0.2 to 1. g: a generator of
+# numbers.
 
 
 def blur(x, weight):
@@ -55,7 +56,9 @@ def defocus(x, t, g):
 def motion(x, t, g):
     angle, length = math.pi * torch.rand((), generator=g), t * x.shape[-1] / 8
     c, s = angle.cos(), angle.sin()
-    return blur(x, lambda dy, dx: (1 - (c * dy - s * dx).abs()) * ((c * dx + s * dy).abs() <= length))
+    return blur(
+        x, lambda dy, dx: (1 - (c * dy - s * dx).abs()) * ((c * dx + s * dy).abs() <= length)
+    )
 
 
 def glass(x, t, g):
@@ -69,7 +72,9 @@ def glass(x, t, g):
 def zoom(x, t, g):
     side = x.shape[-1]
     sizes = [round(side * (1 + 0.5 * t * k / 5)) for k in range(6)]
-    return torch.stack([TF.center_crop(TF.resize(x, [size] * 2), [side] * 2) for size in sizes]).mean(0)
+    return torch.stack(
+        [TF.center_crop(TF.resize(x, [size] * 2), [side] * 2) for size in sizes]
+    ).mean(0)
 
 
 def plasma(x, g):
@@ -114,8 +119,12 @@ def jpeg(x, t, g):
 
 
 CORRUPTIONS = {
-    "gaussian noise": noise(lambda x, t, r, g: x + 0.2 * t * torch.erfinv(1.999 * r - 0.9995) * 2**0.5),
-    "shot noise": noise(lambda x, t, r, g: torch.poisson(x.cpu() * 12 / t, generator=g).to(x) * t / 12),
+    "gaussian noise": noise(
+        lambda x, t, r, g: x + 0.2 * t * torch.erfinv(1.999 * r - 0.9995) * 2**0.5
+    ),
+    "shot noise": noise(
+        lambda x, t, r, g: torch.poisson(x.cpu() * 12 / t, generator=g).to(x) * t / 12
+    ),
     "impulse noise": noise(lambda x, t, r, g: torch.where(r < 0.2 * t, (r < 0.1 * t).to(x), x)),
     "defocus blur": defocus,
     "glass blur": glass,
@@ -132,7 +141,7 @@ CORRUPTIONS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured. Images are (B, 3, S, S) in [0, 1].
 
 
@@ -141,8 +150,8 @@ def answer(model, images):
 
 
 def attack(model, images, targets, radius, steps):
-    """PGD from a random start (Madry et al. 2018); with one step from the image, FGSM (Goodfellow et al.
-    2015). radius: of 255 levels."""
+    """PGD from a random start (Madry et al. 2018); with one step from the image, FGSM (Goodfellow
+    et al. 2015). radius: of 255 levels."""
     radius, start = radius / 255, images
     if steps > 1:
         start = images + radius * (2 * data.uniform(images.shape, "attack").to(images) - 1)
@@ -156,10 +165,12 @@ def attack(model, images, targets, radius, steps):
 
 
 def blank(images, share, patch_size):
-    grid = data.uniform((len(images), 1, *(side // patch_size for side in images.shape[-2:])), "blank", share)
+    grid = data.uniform(
+        (len(images), 1, *(side // patch_size for side in images.shape[-2:])), "blank", share
+    )
     gone = grid.flatten(1).argsort(1).argsort(1).view(grid.shape) < share * grid[0].numel()
     gone = F.interpolate(gone.float(), images.shape[-2:]).to(images)
-    return torch.lerp(images, data.constants(images.shape[-1], images.device)[0].expand_as(images), gone)
+    return torch.lerp(images, data.channel_statistics(images.device)[0].expand_as(images), gone)
 
 
 def calibration_error(logits, targets):
@@ -170,20 +181,26 @@ def calibration_error(logits, targets):
 
 
 def batches(part, s):
-    for images, targets in data.Stream(data.Sets(part, part, []), s).whole():
+    """Batches of 48 evaluation crops, (b, 3, S, S) in [0, 1]."""
+    loader = data.make_data_loader(data.ValCrops(part, s.img_size), s, 48)
+    for images, targets in data.batches_on_device(loader, s.device):
         yield images / 255, targets
 
 
 def sets_below(folder, classes):
-    """The folder itself, or those below it, that hold folders named by classes. Raises Ended."""
+    """The folder itself, or those below it, that hold folders named by classes. Raises
+    UserError."""
     found = sorted({path.parent for path in Path(folder).rglob("*/") if path.name in classes})
     if not found:
-        raise data.Ended(f"{folder} has no folders named by the classes, such as {classes[0]!r}")
+        raise data.UserError(
+            f"{folder} has no folders named by the classes, such as {classes[0]!r}"
+        )
     return found
 
 
 def top1_of_folder(model, folder, classes, s):
-    """Mean top-1 of the sets in a folder; of each, the answer is the best among the classes it has."""
+    """Mean top-1 of the sets in a folder; of each, the answer is the best among the classes it
+    has."""
     total, found = 0, sets_below(folder, classes)
     for part in (ImageFolder(at, loader=data.decode, allow_empty=True) for at in found):
         wanted = [name for name in part.classes if name in classes]
@@ -227,12 +244,16 @@ def measure(s, sets, folders):
             g = data.generator("corruption", name, severity, number)
             count((name, severity), corrupt(images, severity / 5, g), targets)
     found = {name: 100 * hit / n for name, hit in hits.items()}
-    corrupted = {name: sum(found.pop((name, level)) for level in range(1, 6)) / 5 for name in CORRUPTIONS}
+    corrupted = {
+        name: sum(found.pop((name, level)) for level in range(1, 6)) / 5 for name in CORRUPTIONS
+    }
     found |= corrupted | {"mean of corruptions": sum(corrupted.values()) / len(corrupted)}
     found["calibration error"] = calibration_error(*(torch.cat(parts) for parts in zip(*answers)))
     with torch.no_grad():
-        found |= {Path(folder).name: top1_of_folder(model, folder, sets.classes, s) for folder in folders}
-    script.write_beside(record(s), json.dumps({"of": [s.data, n, folders], "found": found}).encode())
+        found |= {
+            Path(folder).name: top1_of_folder(model, folder, sets.classes, s) for folder in folders
+        }
+    script.write_text(record(s), json.dumps({"of": [s.data, n, folders], "found": found}))
 
 
 def measured(s, sets, folders):
@@ -246,17 +267,21 @@ def main():
     parser.add_argument(
         "--checkpoints", nargs="+", default=[], help="models to compare instead; a baseline first"
     )
-    parser.add_argument("--folders", nargs="+", default=[], help="further images, in folders named by class")
-    parser.add_argument("--few", type=int, default=500, help="validation images to try; 0 for all [500]")
+    parser.add_argument(
+        "--folders", nargs="+", default=[], help="further images, in folders named by class"
+    )
+    parser.add_argument(
+        "--few", type=int, default=500, help="validation images to try; 0 for all [500]"
+    )
     args = runs.parsed(parser, few=0)
     sets = runs.open_part(args)
     for folder in args.folders:
         sets_below(folder, sets.classes)
     if args.checkpoints:
-        side, models = data.native_size(sets.train), {"checkpoints": {}}
+        side, models = data.median_size(sets.train), {"checkpoints": {}}
         for path in args.checkpoints:
-            s = script.parse(["--eval", path, "--device", args.device, "--data", args.data])
-            models["checkpoints"][path] = [script.recipe(s, side, len(sets.train))]
+            s = script.parse_args(["--eval", path, "--device", args.device, "--data", args.data])
+            models["checkpoints"][path] = [script.fill_defaults(s, side, len(sets.train))]
     else:
         models = {
             model: {
@@ -271,12 +296,16 @@ def main():
     few = runs.Part(sets.val, range(min(args.few or len(sets.val), len(sets.val))), 0)
     sets = sets._replace(val=few)
     todo = [(s, sets, args.folders) for s in everything if not measured(s, sets, args.folders)]
-    result = lambda s: f"mean of corruptions {measured(s, sets, args.folders)['mean of corruptions']:.2f} %"
+    result = lambda s: (
+        f"mean of corruptions {measured(s, sets, args.folders)['mean of corruptions']:.2f} %"
+    )
     runs.side_by_side(measure, todo, args, len(everything), result)
 
     rows, panels, head = {}, [], ["percent"]
     for model, ways in models.items():
-        found = {way: [measured(s, sets, args.folders) for s in seeds] for way, seeds in ways.items()}
+        found = {
+            way: [measured(s, sets, args.folders) for s in seeds] for way, seeds in ways.items()
+        }
         first, *others = found
         head += [f"{model}: {way}" for way in found] + [f"{way} - {first}" for way in others]
         points = {way: [] for way in others}
@@ -291,10 +320,12 @@ def main():
                 points[way].append((mean, mean - half, mean + half))
         panels.append((model, [*rows], {f"{way} - {first}": p for way, p in points.items()}))
     text = runs.table(head, rows.values()) + (
-        f"\n{len(sets.val)} validation images of {args.data}; top-1 accuracy, and the calibration error, "
-        f"of which less is better.{runs.made_of(args, sets) * (not args.checkpoints)}\n"
+        f"\n{len(sets.val)} validation images of {args.data}; top-1 accuracy, and the calibration "
+        f"error, of which less is better.{runs.made_of(args, sets) * (not args.checkpoints)}\n"
     )
-    runs.write(args, "robustness", text, runs.chart(panels, "percentage points", joined=False, width=560))
+    runs.write(
+        args, "robustness", text, runs.chart(panels, "percentage points", joined=False, width=560)
+    )
 
 
 if __name__ == "__main__":

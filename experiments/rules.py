@@ -1,23 +1,26 @@
 """Rules that move labels, held against the truth, and the truth against itself.
 
-    python experiments/rules.py                                         # built-in images, minutes on a CPU
-    python experiments/rules.py --data cifar10 --images 10000 --passes 1 --epochs 20 --batch-size 128
-    python experiments/rules.py --sources 3                             # two boxes from two other images
+    python experiments/rules.py                                  # built-in images, minutes on a CPU
+    python experiments/rules.py --data cifar10 --images 10000 --passes 1 --epochs 20 \\
+        --batch-size 128
+    python experiments/rules.py --sources 3                      # two boxes from two other images
 
-Models trained with the area target are shown mixes of validation images. For the share of the (first) pasted
-image each rule has a number: the area, TransMix (ViT only), the paper's half, and the rules of `weighing.py`:
-residuals weighed by norm; parts, where tokens mix alone or also where they are merged and pooled; and
-parts less a reference, the mean over the batch or a blank image, the mean patch all over.
+Models trained with the area target are shown mixes of validation images. For the share of the
+(first) pasted image each rule has a number: the area, TransMix (ViT only), the paper's half, and
+the rules of `weighing.py`: residuals weighed by norm; parts, where tokens mix alone or also where
+they are merged and pooled; and parts less a reference, the mean over the batch or a blank image,
+the mean patch all over.
 
-The truth is the influence of `mixing_ratio.py`. It takes a source away by putting something in the place of
-its patches, and what that should be nobody can say. So there are three:
+The truth is the influence of `mixing_ratio.py`. It takes a source away by putting something in the
+place of its patches, and what that should be nobody can say. So there are three:
 
     mean patch   that image, as there
     blurred      the mix itself, blurred until no object is left
     others       other validation images, four of them, over which the logits are averaged
 
-and the objects of the built-in images, which are known. Table: mean absolute error beside each of them, with
-95 % intervals by bootstrap over groups of images, and last how far the truths are from one another.
+and the objects of the built-in images, which are known. Table: mean absolute error beside each of
+them, with 95 % intervals by bootstrap over groups of images, and last how far the truths are from
+one another.
 """
 
 import contextlib
@@ -28,8 +31,9 @@ from torchvision.transforms.v2.functional import gaussian_blur
 import mixing_ratio
 import runs
 import tl_align  # on the path that `models` has set
+import transmix
 import weighing
-from runs import data
+from runs import data, script
 
 RULES = {  # of a model and the mean patch
     "TL-Align": lambda model, mean: contextlib.nullcontext(),
@@ -43,7 +47,8 @@ OTHERS = 4
 
 
 def mixes(images, s, sources):
-    """Mixes of so many neighbours each, (n, 3, S, S), whose each pixel is, (n, K, 1, S, S), and labels."""
+    """Mixes of so many neighbours each, (n, 3, S, S), whose each pixel is, (n, K, 1, S, S), and
+    labels."""
     size, owners = images.shape[-2:], [torch.ones(len(images), 1, *images.shape[-2:])]
     for k in range(1, sources):
         box = tl_align.cutmix_mask(data.uniform((len(images), 3), "rules", k), size, s.patch_size)
@@ -69,7 +74,9 @@ def look(model, images, mixed, owners, labels, s):
         x, y, own = here(mixed), here(labels), here(owners)
         found = {"area": y.mean(1)}
         if runs.has_class_token(s.model):
-            found["TransMix"] = tl_align.transmix(y, model(x, looks=True)[1])
+            with transmix.record_class_attention(model) as attention:
+                model(x)
+            found["TransMix"] = transmix.transmix(y, attention[0])
         for name, rule in RULES.items():
             with rule(model, mean):
                 found[name] = model(x, y)[1]
@@ -84,13 +91,14 @@ def look(model, images, mixed, owners, labels, s):
 def main():
     parser = runs.arguments(__doc__, models=mixing_ratio.MODELS)
     parser.add_argument("--mixes", type=int, default=600, help="mixed images to look at [600]")
-    few = lambda t: runs.script.number(t, int, 2, 6)
-    parser.add_argument("--sources", type=few, default=2, help="images in a mix, at most 5 [2]")
+    parser.add_argument(
+        "--sources", type=script.number(int, 2, 5), default=2, help="images in a mix, at most 5 [2]"
+    )
     args = runs.parsed(parser)
     sets = runs.open_part(args)
     n = min(args.mixes, len(sets.val)) // args.sources * args.sources
     if n < (least := args.sources * (OTHERS + 1)):
-        raise data.Ended(
+        raise data.UserError(
             f"{n} mixes are too few, of --mixes {args.mixes} and {len(sets.val)} images: {least}"
         )
     trained = {
@@ -104,13 +112,20 @@ def main():
         images = mixing_ratio.validation(sets, seeds[0], n)
         mixed = mixes(images, seeds[0], args.sources)
         looks = [look(runs.model_of(s, sets), images, *mixed, s) for s in seeds]
-        said, true = ({k: torch.stack([f[k] for f in found]) for k in found[0]} for found in zip(*looks))
+        said, true = (
+            {k: torch.stack([f[k] for f in found]) for k in found[0]} for found in zip(*looks)
+        )
         if args.data == "shapes":
             masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
             true["objects"] = mixing_ratio.objects(masks, mixed[1]).expand(args.seeds, -1)
         points = {name: [] for name in true}
-        for rule, shares in [*said.items(), *((f"truth: {name}", shares) for name, shares in true.items())]:
-            error = {name: next(mixing_ratio.scores(shares, t, args.sources)) for name, t in true.items()}
+        for rule, shares in [
+            *said.items(),
+            *((f"truth: {name}", shares) for name, shares in true.items()),
+        ]:
+            error = {
+                name: next(mixing_ratio.scores(shares, t, args.sources)) for name, t in true.items()
+            }
             rows.append([model, rule, *(mixing_ratio.cell(*score) for score in error.values())])
             if rule in said:
                 for name in true:

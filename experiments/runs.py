@@ -1,7 +1,7 @@
-"""What the experiments share: training runs side by side, each done once, and how results are shown.
+"""What the experiments share: training runs, each done once, and how results are shown.
 
-A run is `train.train` in a process of its own. Its folder is named by what it is, under --runs: a run
-that is done is not done again, by whichever experiment, and one that was stopped goes on.
+A run is `train.train` in a process of its own. Its folder is named by what it is, under --runs: a
+run that is done is not done again, by whichever experiment, and one that was stopped goes on.
 """
 
 import argparse
@@ -20,16 +20,18 @@ from html import escape
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.utils.data import Dataset, TensorDataset
 
 from models import data, has_class_token, script  # noqa: F401 (experiments take them from here)
+from transmix import transmix_loss
 
 METHODS = {
     "no mixing": {"mix": "none"},
     "Mixup": {"mix": "mixup"},
     "area": {"targets": "area"},
-    "area, half": {"targets": "area", "unmixed": 0.5},
-    "TransMix": {"targets": "transmix"},
+    "area, half": {"targets": "area", "mix_prob": 0.5},
+    "TransMix": {"targets": "transmix", "compile": False},
     "TL-Align": {},
     "TL-Align, norm": {"residual": "norm"},
     "TL-Align, parts": {"residual": "parts"},
@@ -57,12 +59,20 @@ def arguments(doc, without=(), **defaults):
     for name, (default, help) in ((k, v) for k, v in options.items() if k not in without):
         default = defaults.get(name, default)
         many = {"nargs": "+"} if isinstance(default, list) else {}
-        low = int(name in ("passes", "epochs", "seeds"))
-        kind = str if isinstance(default, (str, list)) else lambda t, low=low: script.number(t, int, low)
+        if isinstance(default, (str, list)):
+            kind = str
+        elif name in ("passes", "epochs", "seeds"):
+            kind = script.number(int, 1)
+        else:
+            kind = script.number(int, 0)
         text = f"{help} [{default}]" if default is not None else help
-        parser.add_argument("--" + name.replace("_", "-"), type=kind, default=default, help=text, **many)
+        parser.add_argument(
+            "--" + name.replace("_", "-"), type=kind, default=default, help=text, **many
+        )
     if "full" not in without:
-        parser.add_argument("--full", action="store_true", help="all of CIFAR-10 and more: for a GPU")
+        parser.add_argument(
+            "--full", action="store_true", help="all of CIFAR-10 and more: for a GPU"
+        )
     return parser
 
 
@@ -73,38 +83,49 @@ def parsed(parser, **full):
         parser.set_defaults(data="cifar10", models=["deit_tiny", "swin_5m"], images=0, val_images=0)
         parser.set_defaults(passes=1, epochs=100, batch_size=128, seeds=5, **full)
         args = parser.parse_args()
-    args.jobs = args.jobs or (5 if args.device == "cuda" else script.CPUS)
+    args.jobs = args.jobs or (5 if args.device == "cuda" else script.NUM_CPUS)
     return args
 
 
 def open_part(args, classes=None, images=None, passes=None):
-    """The sets of --data, of as many images as are wanted, chosen by chance, each so many times, and of the
-    classes in the range, whose numbers then count from 0."""
-    sets = data.open_sets(args.data, args.root)
+    """The sets of --data, of as many images as are wanted, chosen by chance, each so many times,
+    and of the classes in the range, whose numbers then count from 0."""
+    sets = data.open_datasets(args.data, args.root)
     classes, parts = classes or range(len(sets.classes)), []
     for name, part in (("train", sets.train), ("val", sets.val)):
-        many = (images or args.images, passes or args.passes) if name == "train" else (args.val_images, 1)
+        many = (
+            (images or args.images, passes or args.passes)
+            if name == "train"
+            else (args.val_images, 1)
+        )
         order = torch.randperm(len(part), generator=data.generator("chosen", name)).tolist()
         if len(classes) < len(sets.classes):
             numbers = classes_of(part)
             order = [i for i in order if int(numbers[i]) in classes]
         parts.append(Part(part, order, classes.start, *many))
-    return data.Sets(*parts, [sets.classes[i] for i in classes], sets.flip)
+    return data.Datasets(*parts, [sets.classes[i] for i in classes], sets.hflip)
 
 
 def classes_of(part):
     """The number of each image's class, in order. A set that does not list them is read for it."""
     if isinstance(part, TensorDataset):
         return part.tensors[1]
-    listed = part.samples.target if isinstance(part, data.Folder) else getattr(part, "targets", None)
+    listed = getattr(part, "targets", None)
     return [part[i][1] for i in range(len(part))] if listed is None else listed
 
 
 class Part(Dataset):
-    """The first images of a pool, `most` or all (0), each `times` times; classes count from `first`."""
+    """The first images of a pool, `most` or all (0), each `times` times; classes count from
+    `first`."""
 
     def __init__(self, dataset, pool, first, most=0, times=1):
-        self.dataset, self.pool, self.first, self.most, self.times = dataset, pool, first, most, times
+        self.dataset, self.pool, self.first, self.most, self.times = (
+            dataset,
+            pool,
+            first,
+            most,
+            times,
+        )
         self.indices = [*pool[: most or None]] * times
 
     def drawn(self, seed):
@@ -122,23 +143,36 @@ class Part(Dataset):
 
 def settings(args, sets, model, method, seed, name="", **more):
     """The complete settings of one run. name: what is special about its sets."""
-    side, epochs = data.native_size(sets.train), more.get("epochs", args.epochs)
+    side, epochs = data.median_size(sets.train), more.get("epochs", args.epochs)
     times, most = sets.train.times, len(sets.train) // sets.train.times
-    folder = f"{Path(args.data).name}{name}-{most}x{times}x{epochs}-b{args.batch_size}-val{len(sets.val)}"
+    folder = f"{Path(args.data).name}{name}-{most}x{times}x{epochs}-b{args.batch_size}"
+    folder += f"-val{len(sets.val)}"
     run = f"{model}-{method.lower().replace(', ', '-').replace(' ', '-')}-{seed}"
-    s = script.parse(["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device])
-    small = {"batch_size": args.batch_size, "workers": 0} if side <= data.SMALL else {}
-    vars(s).update({"epochs": epochs, **METHODS[method], **small, **more})
-    s.out = f"{args.runs}/{folder}/{run}"
-    script.recipe(s, side, len(sets.train))
-    script.check(s, len(sets.train), 1)
+    s = script.parse_args(
+        ["--data", args.data, "--model", model, "--seed", str(seed), "--device", args.device]
+    )
+    s.epochs, s.mix_prob, s.out = epochs, 1.0, f"{args.runs}/{folder}/{run}"
+    if side <= data.SMALL_SIZE:
+        # The rates with which the tables of README.md were measured.
+        s.batch_size, s.workers = args.batch_size, 0
+        s.lr = 3e-3 if model.endswith("micro") else 1e-3 * args.batch_size / 128
+        s.clip_grad = 5.0 if model.startswith("swin") else 0.0
+    vars(s).update({**METHODS[method], **more})
+    script.fill_defaults(s, side, len(sets.train), sets.hflip)
+    script.check_args(s, len(sets.train))
     return s
 
 
 def train(s, sets):
     """Train one run on images that its seed draws."""
     with logged(s.out):
-        script.train(s, sets._replace(train=sets.train.drawn(s.seed)), Path(s.out))
+        sets = sets._replace(train=sets.train.drawn(s.seed))
+        model = script.build_model(s, len(sets.classes))
+        checkpoint = script.find_checkpoint(s, sets)
+        if s.finetune and checkpoint is None:
+            script.load_weights(model, s.finetune, sets.classes, new_head=True)
+        loss = transmix_loss if s.targets == "transmix" else script.mixed_loss
+        script.train(s, sets, model, loss, checkpoint)
 
 
 def done(s):
@@ -149,26 +183,37 @@ def done(s):
 
 
 def train_all(runs, args, train=train):
-    """Train what is not done yet. runs: pairs of settings and sets. train: what trains one of them."""
+    """Train what is not done yet. runs: pairs of settings and sets. train: what trains one of
+    them."""
     todo = [run for run in runs if not done(run[0])]
     side_by_side(train, todo, args, len(runs), lambda s: f"top-1 {done(s)[-1]['val_top1']:.2f} %")
 
 
 def side_by_side(function, todo, args, of, result):
-    """Call function(s, ...) for each tuple of todo, in processes; say each as it ends, with its result(s).
-    of: how many there are with those that are done."""
-    script.say(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs or 1} side by side")
+    """Call function(s, ...) for each tuple of todo, in processes; say each as it ends, with its
+    result(s). of: how many there are with those that are done."""
+    script.print0(f"{function.__name__}: {len(todo)} to do of {of}, {args.jobs or 1} side by side")
     if not args.jobs:  # one after another, here, and on all processes of torchrun
-        return [(function(*run), script.from_processes(0)) for run in todo]  # all wait until each is written
-    began, threads = time.perf_counter(), max(1, script.CPUS // args.jobs)
+        for run in todo:
+            function(*run)
+            if script.get_world_size() > 1:
+                dist.barrier()  # until it is written
+        return
+    began, threads = time.perf_counter(), max(1, script.NUM_CPUS // args.jobs)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(args.jobs, spawn, begin_process, (threads,)) as pool:
         futures = {pool.submit(function, *run): run[0] for run in todo}
         try:
             for count, future in enumerate(as_completed(futures), 1):
                 future.result()
-                s, left = futures[future], (time.perf_counter() - began) / count * (len(todo) - count) / 60
-                script.say(f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; about {left:.0f} min left")
+                s, left = (
+                    futures[future],
+                    (time.perf_counter() - began) / count * (len(todo) - count) / 60,
+                )
+                script.print0(
+                    f"{count}/{len(todo)}  {s.eval or s.out}: {result(s)}; "
+                    f"about {left:.0f} min left"
+                )
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -184,8 +229,9 @@ def logged(out):
 
 
 def begin_process(threads):
-    """What a process of the pool does first. It ends with the one that started it, even if that was killed
-    and had no time to say so: else it would train on, and the same command would train beside it."""
+    """What a process of the pool does first. It ends with the one that started it, even if that was
+    killed and had no time to say so: else it would train on, and the same command would train
+    beside it."""
 
     def end_with_parent():
         multiprocessing.parent_process().join()
@@ -201,28 +247,50 @@ def run(main, and_then="; the same command goes on from what is done"):
         main()
     except KeyboardInterrupt:
         sys.exit(f"stopped{and_then}")
-    except data.Ended as e:
-        line, status = (*e.args, 2)[:2]
-        if line:  # one process says it for all
-            print(line if status > 128 else f"error: {line}", file=sys.stderr)
-        sys.exit(status)
+    except data.UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
 
 
 def model_of(s, sets):
     """The trained model of a run, or of the checkpoint s.eval, ready to be looked at."""
     path = s.eval or f"{s.out}/last.pt"
-    model = script.build(s, len(sets.classes)).to(s.device).eval()
-    script.load_weights(model, script.read_checkpoint(path), path, sets.classes)
+    model = script.build_model(s, len(sets.classes)).to(s.device).eval()
+    script.load_weights(model, path, sets.classes)
     return model.requires_grad_(False)
+
+
+def args_of(checkpoint):
+    """The settings in a checkpoint of train.py; none in another one."""
+    args = checkpoint.get("args")
+    return args if isinstance(args, dict) else {}
+
+
+def crops_of(dataset, img_size, indices):
+    """Evaluation crops of some images, (n, 3, S, S) uint8."""
+    return torch.stack([data.center_crop(dataset[i][0], img_size) for i in indices])
+
+
+def write_bytes(path, content):
+    """Write a file so that it is never seen half written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
 
 
 # --- Intervals, tables, charts.
 
 
 def student(n):
-    """97.5 % point of Student's t for n degrees of freedom; from ten on its series, good to 0.003."""
+    """97.5 % point of Student's t for n degrees of freedom; from ten on its series, good to
+    0.003."""
     z, table = 1.959964, [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-    return table[n - 1] if n < 10 else z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    return (
+        table[n - 1]
+        if n < 10
+        else z + (z**3 + z) / (4 * n) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * n**2)
+    )
 
 
 def interval(values):
@@ -244,7 +312,8 @@ def signed(values):
 
 
 def beside(values, base="area"):
-    """Of {way: a value for each seed}: rows (way, mean, difference to the base), and points for a chart."""
+    """Of {way: a value for each seed}: rows (way, mean, difference to the base), and points for a
+    chart."""
     rows, points = [], []
     for way, those in values.items():
         mean, half = interval(those)
@@ -256,9 +325,14 @@ def beside(values, base="area"):
 
 def made_of(args, sets, spread="± is half the 95 % interval over seeds"):
     """A sentence on what was trained, and how the table shows what chance does."""
-    images, passes, last = len(sets.train) // sets.train.times, args.epochs * sets.train.times, args.seeds - 1
+    images, passes, last = (
+        len(sets.train) // sets.train.times,
+        args.epochs * sets.train.times,
+        args.seeds - 1,
+    )
     drawn = ", drawn by each seed" * bool(args.images)
-    return f" Models of {passes} passes over {images} training images{drawn}, seeds 0 to {last}; {spread}."
+    models = f" Models of {passes} passes over {images} training images{drawn}"
+    return f"{models}, seeds 0 to {last}; {spread}."
 
 
 def table(head, rows):
@@ -268,25 +342,29 @@ def table(head, rows):
 
 
 def write(args, name, text, chart, more=""):
-    """Print the text, and leave it, and what is too long to print, as NAME.md beside the chart, NAME.svg."""
+    """Print the text, and leave it, and what is too long to print, as NAME.md beside the chart,
+    NAME.svg."""
     for end, content in ((".md", text + more), (".svg", chart)):
-        script.write_beside(Path(args.runs) / f"{name}{end}", content.encode())
-    script.say(f"\n{text}\nthe same in {args.runs}/{name}.md, and drawn in {name}.svg")
+        write_bytes(Path(args.runs) / f"{name}{end}", content.encode())
+    script.print0(f"\n{text}\nthe same in {args.runs}/{name}.md, and drawn in {name}.svg")
 
 
 COLOURS = ["#888888", "#2b6cb0", "#d9822b", "#2f8f5b", "#b0413e", "#7b4fa3"]
 
 
 def chart(panels, label, columns=None, joined=True, width=330, height=220):
-    """Lines in SVG. panels: (title, names of the places on the x axis, {series: points}), with a point
-    (y, low, high) or None for each place. label: of the y axis. joined: whether lines join the points."""
+    """Lines in SVG. panels: (title, names of the places on the x axis, {series: points}), with a
+    point (y, low, high) or None for each place. label: of the y axis. joined: whether lines join
+    the points."""
     names = list(dict.fromkeys(name for _, _, series in panels for name in series))
     colour = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     columns, left, above, at = columns or len(panels), 52, 40, 14
     below = 34 + 4 * max(len(place) for _, places, _ in panels for place in places)
     rows = math.ceil(len(panels) / columns)
     size = f'viewBox="0 0 {width * columns} {30 + rows * (above + height + below)}"'
-    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">']
+    out = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="11">'
+    ]
     out.append('<rect width="100%" height="100%" fill="white"/>')
     for name in names:
         out.append(f'<circle cx="{at}" cy="16" r="4" fill="{colour[name]}"/>')
@@ -295,7 +373,9 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
     for number, (title, places, series) in enumerate(panels):
         x0, w = number % columns * width + left, width - left - 12
         top = 30 + number // columns * (above + height + below) + above
-        values = [v for points in series.values() for p in points if p for v in p if math.isfinite(v)]
+        values = [
+            v for points in series.values() for p in points if p for v in p if math.isfinite(v)
+        ]
         low, high = min(values), max(values)
         step = 10 ** math.floor(math.log10((high - low) or 1))
         step = next(k * step for k in (0.1, 0.2, 0.5, 1, 2) if (high - low or 1) / (k * step) <= 7)
@@ -309,7 +389,9 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
             v = low + i * step
             paint = "#888" if abs(v) < step / 9 else "#e4e4e4"
             out.append(f'<path d="M{x0} {y(v)}h{w}" stroke="{paint}"/>')
-            out.append(f'<text x="{x0 - 5}" y="{y(v) + 4}" text-anchor="end">{round(v, 6):g}</text>')
+            out.append(
+                f'<text x="{x0 - 5}" y="{y(v) + 4}" text-anchor="end">{round(v, 6):g}</text>'
+            )
         x = [x0 + w * (i + 0.5) / len(places) for i in range(len(places))]
         for at, place in zip(x, places):
             spot = f'x="{at:.0f}" y="{top + height + 14}"'
@@ -317,11 +399,16 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
             turn = turn if len(place) > 3 else 'text-anchor="middle"'
             out.append(f"<text {spot} {turn}>{escape(place)}</text>")
         for k, (name, points) in enumerate(series.items()):
-            shift, paint = 4 * (k - (len(series) - 1) / 2), colour[name]  # so that bars stand side by side
+            shift, paint = (
+                4 * (k - (len(series) - 1) / 2),
+                colour[name],
+            )  # so that bars stand side by side
             here = [(at + shift, *p) for at, p in zip(x, points) if p]
             if joined:
                 line = " ".join(f"{at:.1f},{y(v)}" for at, v, *_ in here)
-                out.append(f'<polyline points="{line}" fill="none" stroke="{paint}" stroke-width="1.5"/>')
+                out.append(
+                    f'<polyline points="{line}" fill="none" stroke="{paint}" stroke-width="1.5"/>'
+                )
             for at, v, least, most in here:
                 if math.isfinite(least):
                     bar = f"M{at:.1f} {y(least)}V{y(most)}"

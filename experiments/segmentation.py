@@ -1,16 +1,17 @@
-"""What is a backbone trained with aligned targets worth for semantic segmentation? (the paper's Table 3)
+"""What is a backbone trained with aligned targets worth for segmentation? (the paper's Table 3)
 
     python experiments/segmentation.py                          # built-in scenes, minutes on a CPU
     torchrun --nproc-per-node 8 experiments/segmentation.py --data /ade20k --workers 4 \\
         --checkpoints area/best.pt tl_align/best.pt             # the first is the baseline
 
-By default models are trained on five classes of the built-in set, with the area target and with aligned
-targets, and then fine-tuned on scenes with objects of the other five; one from scratch stands beside them.
-With --data ROOT and --checkpoints the same is done with what is given, by the recipe of the paper's
-baseline: UperNet, 160,000 steps of 16 crops of 512 px (but without its auxiliary head). ROOT is laid out as
-VOC (ImageSets/Segmentation, JPEGImages, SegmentationClass), as ADE20K (images/training, annotations/training
-and validation; 0 is not labelled), or plainly (train/images, train/masks, val/images, val/masks). Masks are
-PNGs of class numbers from 0, which a file classes.txt may name; 255 is not labelled.
+By default models are trained on five classes of the built-in set, with the area target and with
+aligned targets, and then fine-tuned on scenes with objects of the other five; one from scratch
+stands beside them. With --data ROOT and --checkpoints the same is done with what is given, by the
+recipe of the paper's baseline: UperNet, 160,000 steps of 16 crops of 512 px (but without its
+auxiliary head). ROOT is laid out as VOC (ImageSets/Segmentation, JPEGImages, SegmentationClass), as
+ADE20K (images/training, annotations/training and validation; 0 is not labelled), or plainly
+(train/images, train/masks, val/images, val/masks). Masks are PNGs of class numbers from 0, which a
+file classes.txt may name; 255 is not labelled.
 """
 
 import functools
@@ -35,7 +36,14 @@ from runs import data, script
 
 SMALL = {"size": 64, "steps": 150, "batch_size": 16, "lr": 1e-3, "weight_decay": 0.05, "warmup": 20}
 SMALL |= {"drops": [], "zoom": 1.25, "width": 64, "slide": False}
-LARGE = {"size": 512, "steps": 160_000, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01, "warmup": 1500}
+LARGE = {
+    "size": 512,
+    "steps": 160_000,
+    "batch_size": 16,
+    "lr": 6e-5,
+    "weight_decay": 0.01,
+    "warmup": 1500,
+}
 LARGE |= {"drops": [], "zoom": 2, "width": 512, "slide": False}
 
 
@@ -73,8 +81,9 @@ resize = lambda x, size: F.interpolate(x, size, mode="bilinear", align_corners=F
 
 
 class UperNet(nn.Module):
-    """Classes of pixels from maps of several strides (Xiao et al. 2018, arXiv 1807.10221): the last is pooled
-    at four scales, each is added to the one above it, and all are read together. Names as in transformers."""
+    """Classes of pixels from maps of several strides (Xiao et al. 2018, arXiv 1807.10221): the last
+    is pooled at four scales, each is added to the one above it, and all are read together. Names as
+    in transformers."""
 
     def __init__(self, channels, classes, width=512):
         super().__init__()
@@ -88,7 +97,8 @@ class UperNet(nn.Module):
         self.classifier = nn.Conv2d(width, classes, 1)
 
     def forward(self, maps):
-        """maps: as `dense.Levels` gives them. Returns logits, (B, classes, H, W) of the first map's size."""
+        """maps: as `dense.Levels` gives them. Returns logits, (B, classes, H, W) of the first map's
+        size."""
         *above, last = maps
         pooled = [resize(pool(last), last.shape[2:]) for pool in self.psp_modules]
         rows = [self.bottleneck(torch.cat([last, *pooled], dim=1))]
@@ -100,7 +110,8 @@ class UperNet(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """Levels and what reads them: logits of images, or, given masks, the loss as its sum and pixels."""
+    """Levels and what reads them: logits of images, or, given masks, the loss as its sum and
+    pixels."""
 
     def __init__(self, s, classes):
         super().__init__()
@@ -108,7 +119,9 @@ class Segmenter(nn.Module):
         self.levels = dense.Levels(s)
         self.head = UperNet(self.levels.channels, classes, s.width)
         if s.size % (patch := self.levels.backbone.patch_size):
-            raise data.Ended(f"--size must be a multiple of the {patch} px of a patch, got {s.size}")
+            raise data.UserError(
+                f"--size must be a multiple of the {patch} px of a patch, got {s.size}"
+            )
 
     def forward(self, images, known=None, names=()):
         images = torch.stack([*images])
@@ -124,7 +137,9 @@ def crops(s):
     """What training does to an image and its mask: another size, a crop, a flip, other colours."""
     resized = v2.RandomResize(int(s.size / s.zoom), int(s.size * s.zoom) + 1)
     crop = v2.RandomCrop(s.size, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED})
-    transform = v2.Compose([resized, crop, v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()])
+    transform = v2.Compose(
+        [resized, crop, v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()]
+    )
     return functools.partial(change, transform)
 
 
@@ -134,30 +149,36 @@ def change(transform, image, known):
 
 
 def predict(model, image, s):
-    """The class of each pixel, (H, W), of an image (3, H, W) of any size. Its shorter side becomes s.size for
-    the model, which sees it whole, or, with s.slide, by crops of s.size that overlap by a third."""
+    """The class of each pixel, (H, W), of an image (3, H, W) of any size. Its shorter side becomes
+    s.size for the model, which sees it whole, or, with s.slide, by crops of s.size that overlap by
+    a third."""
     patch, sides = model.levels.backbone.patch_size, image.shape[1:]
     scaled = [max(1, round(n * s.size / min(sides) / patch)) * patch for n in sides]
     image = TF.resize(image.to(s.device), scaled)
     size = min(scaled) if s.slide else max(scaled)
-    rows, cols = (sorted({*range(0, max(1, n - size), size * 2 // 3), max(0, n - size)}) for n in scaled)
+    rows, cols = (
+        sorted({*range(0, max(1, n - size), size * 2 // 3), max(0, n - size)}) for n in scaled
+    )
     logits = torch.zeros(1 + model.head.classifier.out_channels, *scaled, device=s.device)
     for place in ((slice(y, y + size), slice(x, x + size)) for y in rows for x in cols):
         part = (slice(None), *place)
         logits[part] += torch.cat([torch.ones_like(logits[:1][part]), model(image[part][None])[0]])
-    return resize(logits[None, 1:] / logits[0], sides)[0].argmax(0)  # the first tells how often it was seen
+    return resize(logits[None, 1:] / logits[0], sides)[0].argmax(
+        0
+    )  # the first tells how often it was seen
 
 
 def confusion(predicted, truth, classes):
-    """How many pixels of each class (row) are taken for each (column), of those that are labelled."""
+    """How many pixels of each class (row) are taken for each (column), of those that are
+    labelled."""
     known = truth != IGNORED
     pairs = truth[known].long() * classes + predicted[known]
     return pairs.bincount(minlength=classes**2).view(classes, classes)
 
 
 def scores(matrix):
-    """Mean intersection over union, of the classes that occur in truth or prediction, and the share of pixels
-    that are right, in percent, from a matrix as `confusion` gives."""
+    """Mean intersection over union, of the classes that occur in truth or prediction, and the share
+    of pixels that are right, in percent, from a matrix as `confusion` gives."""
     hit, union = matrix.diag().double(), (matrix.sum(0) + matrix.sum(1) - matrix.diag()).double()
     miou = (100 * hit / union)[union > 0].mean().item()
     return {"miou": miou, "accuracy": (100 * hit.sum() / matrix.sum()).item()}
@@ -165,7 +186,7 @@ def scores(matrix):
 
 def score(model, sets, s):
     matrix = torch.zeros(2 * [len(sets.classes)], dtype=torch.long, device=s.device)
-    for i in range(script.rank(), len(sets.val), script.world()):
+    for i in range(script.get_rank(), len(sets.val), script.get_world_size()):
         image, known = sets.val[i]
         matrix += confusion(predict(model, image, s), known["mask"].to(s.device), len(matrix))
     return scores(dense.total(matrix))
@@ -185,7 +206,7 @@ def draw(tuned, sets, rows=4, side=128):
     cells, columns = [], [lambda image, known: known["mask"]]
     for s in tuned:
         model = Segmenter(s, len(sets.classes)).to(s.device).eval()
-        model.load_state_dict(script.read_checkpoint(f"{s.out}/last.pt")["model"])
+        model.load_state_dict(script.load_checkpoint(f"{s.out}/last.pt")["model"])
         columns.append(lambda image, known, model=model, s=s: predict(model, image, s).cpu())
     for image, known in (sets.val[i] for i in range(min(rows, len(sets.val)))):
         cells.append(image)

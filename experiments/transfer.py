@@ -1,23 +1,25 @@
 """Does pre-training with aligned targets carry over to other classes? (the paper's Table 4)
 
-    python experiments/transfer.py                                      # built-in images, minutes on a CPU
+    python experiments/transfer.py                               # built-in images, minutes on a CPU
     python experiments/transfer.py --data cifar10 --images 5000
 
-Models are trained on the first half of a set's classes, with the area target and with aligned targets,
-and then, by `--init`, with a new head on a few images of the other half. That second training mixes
-nothing and is the same for all, `train.py`'s recipe for fine-tuning; a model from scratch, trained as
-long on the same images by the ordinary recipe, stands beside them. Top-1 is of the second half's classes.
+Models are trained on the first half of a set's classes, with the area target and with aligned
+targets, and then, by `--finetune`, with a new head on a few images of the other half. That second
+training mixes nothing and is the same for all, with `train.py`'s weight decay for fine-tuning; a
+model from scratch, trained as long on the same images by the ordinary recipe, stands beside them.
+Top-1 is of the second half's classes.
 """
 
 import runs
-from runs import script
+from runs import data
 
 TRAINED = ("area", "TL-Align")
 
 
 def pretrain(args):
-    """Train on the first half of the classes. Returns {(model, target, seed): settings}, and the sets."""
-    number = len(script.data.open_sets(args.data, args.root).classes)
+    """Train on the first half of the classes. Returns {(model, target, seed): settings}, and the
+    sets."""
+    number = len(data.open_datasets(args.data, args.root).classes)
     first = runs.open_part(args, range(number // 2))
     before = {
         (model, way, seed): runs.settings(args, first, model, way, seed, "-first-half")
@@ -31,18 +33,22 @@ def pretrain(args):
 
 def main():
     parser = runs.arguments(__doc__, images=2000, passes=5)
-    parser.add_argument("--few", type=int, default=60, help="images of the other half to train on [60]")
+    parser.add_argument(
+        "--few", type=int, default=60, help="images of the other half to train on [60]"
+    )
     parser.add_argument("--tune-passes", type=int, default=100, help="times to go over those [100]")
     args = runs.parsed(parser)
-    number = len(script.data.open_sets(args.data, args.root).classes)
+    number = len(data.open_datasets(args.data, args.root).classes)
     second = runs.open_part(args, range(number // 2, number), args.few, args.tune_passes)
 
     before, first = pretrain(args)
     after = {}
     for (model, way, seed), s in before.items():
-        for start, init in (("from scratch", None), (way, f"{s.out}/last.pt")):
+        for start, path in (("from scratch", None), (way, f"{s.out}/last.pt")):
             name = f"-second-half-{start.lower().replace(' ', '-')}"
-            after[model, start, seed] = runs.settings(args, second, model, "no mixing", seed, name, init=init)
+            after[model, start, seed] = runs.settings(
+                args, second, model, "no mixing", seed, name, finetune=path
+            )
     runs.train_all([(s, second) for s in after.values()], args)
 
     rows, panels = [], []
@@ -57,7 +63,8 @@ def main():
     text = runs.table(["model", "pre-trained with", "top-1 %", "difference to area"], rows)
     text += (
         f"\n{len(second.val)} validation images of {args.data}, of classes {second.classes[0]} to "
-        f"{second.classes[-1]}; {args.tune_passes} passes over {args.few} training images of theirs."
+        f"{second.classes[-1]}; {args.tune_passes} passes over {args.few} training images of "
+        "theirs."
         f"{runs.made_of(args, first)}\n"
     )
     chart = runs.chart(panels, "top-1 %, other classes", joined=False)

@@ -12,6 +12,7 @@ from torchvision.io import decode_image
 
 import convnext
 import data
+import dense
 import mixer
 import rules
 import runs
@@ -23,24 +24,28 @@ import weighing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 # Each model with an image size; some whose maps are odd.
 MODELS = {
     "mixer": (lambda **k: mixer.Mixer(dim=16, depth=3, **k), (24, 24)),
     "convnext": (lambda **k: convnext.ConvNeXt(dim=16, depths=(2, 2), scale=1.0, **k), (32, 24)),
-    "convnext-odd": (lambda **k: convnext.ConvNeXt(dim=16, depths=(2, 2), scale=1.0, **k), (36, 44)),
-    "vit": (lambda **k: vit.ViT(dim=32, depth=3, heads=4, **k), (24, 24)),
-    "vit-avg": (lambda **k: vit.ViT(dim=32, depth=3, heads=4, pool="avg", **k), (24, 24)),
-    "swin": (lambda **k: swin.Swin(dim=16, depths=(2, 2), heads=(2, 4), window=4, **k), (32, 32)),
-    "swin-odd": (lambda **k: swin.Swin(dim=16, depths=(2, 2), heads=(2, 4), window=4, **k), (36, 44)),
+    "convnext-odd": (
+        lambda **k: convnext.ConvNeXt(dim=16, depths=(2, 2), scale=1.0, **k),
+        (36, 44),
+    ),
+    "vit": (lambda **k: vit.ViT(embed_dim=32, depth=3, num_heads=4, **k), (24, 24)),
+    "swin": (lambda **k: swin.Swin(**SWIN, **k), (32, 32)),
+    "swin-odd": (lambda **k: swin.Swin(**SWIN, **k), (36, 44)),
 }
 BLOCKS, SMALLER = tuple(weighing.MIX), tuple(weighing.SHRINK)
 
 
-def setting(name):
-    """A model in float64 whose every weight counts, images, and the labels of their patches (B, N, 1)."""
+def setting(name, **options):
+    """A model in float64 whose every weight counts, images, and the labels of their patches (B, N,
+    1)."""
     make, size = MODELS[name]
     torch.manual_seed(1)
-    model = make(img_size=24, patch_size=4, num_classes=7).double().eval()
+    model = make(img_size=24, patch_size=4, num_classes=7, **options).double().eval()
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn(p.shape) / math.sqrt(p.shape[-1]))
@@ -99,7 +104,7 @@ def test_labels_move_as_the_layers_move_tokens(new):
 def test_rows_sum_to_one_in_every_layer_and_an_unmixed_image_stays_so(new):
     model, images, labels = new
     classes = torch.cat([labels / 3, 2 * labels / 3, 1 - labels], dim=-1)
-    layers = model.layer_labels(images, classes)
+    layers = model.intermediate_labels(images, classes)
     assert len(layers) == model.depth + 1
     for tokens, read in layers:
         for y in (tokens, read):
@@ -154,14 +159,26 @@ def test_convnext_equals_torchvisions_by_metas_names():
     theirs.load_state_dict(state)
     images = torch.randn(2, 3, 64, 96)
     torch.testing.assert_close(ours(images), theirs.eval()(images))
-    sizes = [tuple(m.shape[1:]) for m in ours.features(torch.randn(1, 3, 36, 64))]
+    sizes = [tuple(m.shape[1:]) for m in dense.features(ours, torch.randn(1, 3, 36, 64))]
     assert sizes == [(96, 9, 16), (192, 4, 8), (384, 2, 4), (768, 1, 2)]
 
 
 def test_mixers_names_are_timms():
     linear = lambda name: [f"{name}.weight", f"{name}.bias"]
-    layers = ["norm1", "mlp_tokens.fc1", "mlp_tokens.fc2", "norm2", "mlp_channels.fc1", "mlp_channels.fc2"]
-    names = ["stem.proj", *(f"blocks.{i}.{layer}" for i in range(4) for layer in layers), "norm", "head"]
+    layers = [
+        "norm1",
+        "mlp_tokens.fc1",
+        "mlp_tokens.fc2",
+        "norm2",
+        "mlp_channels.fc1",
+        "mlp_channels.fc2",
+    ]
+    names = [
+        "stem.proj",
+        *(f"blocks.{i}.{layer}" for i in range(4) for layer in layers),
+        "norm",
+        "head",
+    ]
     assert [*mixer.mixer_micro().state_dict()] == sum(map(linear, names), [])
 
 
@@ -170,23 +187,29 @@ def test_mixers_names_are_timms():
 def test_logits_equal_timms(name):
     timm, size = pytest.importorskip("timm"), {"img_size": 64} if name.startswith("mixer") else {}
     theirs = timm.create_model(name, num_classes=7, **size).eval()
-    ours = (mixer.mixer_small if size else convnext.convnext_tiny)(img_size=64, num_classes=7).eval()
+    ours = (mixer.mixer_small if size else convnext.convnext_tiny)(
+        img_size=64, num_classes=7
+    ).eval()
     for p in ours.parameters():
         p.add_(torch.randn(p.shape) / 20)
     state = ours.state_dict()
     if not size:
-        state = timm.models.convnext.checkpoint_filter_fn(state, theirs)  # from Meta's names to timm's
+        state = timm.models.convnext.checkpoint_filter_fn(
+            state, theirs
+        )  # from Meta's names to timm's
     theirs.load_state_dict(state)
     images = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(images), theirs(images))
 
 
 @torch.no_grad()
-def test_drop_path_drops_branches_and_labels_keep_their_sum_under_bf16(new):
-    model, images, labels = new
-    model = model.float().train()
-    model.drop_path, images, labels = 0.5, images.float(), labels.float()
-    drop = model(images, rand=torch.zeros(2, model.depth, 2))  # all but the first block's, whose rate is 0
+@pytest.mark.parametrize("name", ["mixer", "convnext", "convnext-odd"])
+def test_drop_path_drops_branches_and_labels_keep_their_sum_under_bf16(name):
+    model, images, labels = setting(name, drop_path_rate=0.5)
+    model, images, labels = model.float().train(), images.float(), labels.float()
+    drop = model(
+        images, rand=torch.zeros(2, model.depth, 2)
+    )  # all but the first block's, whose rate is 0
     for block in [m for m in model.modules() if isinstance(m, BLOCKS)][1:]:
         for p in block.parameters():
             p.add_(1)
@@ -231,13 +254,14 @@ def added(block, x):
 
 
 def part_of(layer, x, y, less):
-    """What a source of share y, (B, ..., 1), of each token brings to each token that the layer gives."""
+    """What a source of share y, (B, ..., 1), of each token brings to each token that the layer
+    gives."""
     if isinstance(layer, (vit.Block, swin.Block)):
 
         def of(y):
             if isinstance(layer, swin.Block):
-                shift = tuple(2 * (layer.shifted and side > 4) for side in x.shape[1:3])
-                y = swin.to_windows(y, 4, shift)
+                shift = tuple(2 * (layer.shift_size > 0 and side > 4) for side in x.shape[1:3])
+                y = swin.window_partition(y, 4, shift)
 
             def change(qkv):
                 q, k, v = qkv.chunk(3, dim=-1)
@@ -249,7 +273,9 @@ def part_of(layer, x, y, less):
     if isinstance(layer, mixer.Block):
         z, (fc1, _, fc2) = layer.norm1(x), layer.mlp_tokens
         slope = (1 + torch.erf(fc1(z.mT) / math.sqrt(2))) / 2  # (B, dim, hidden)
-        return torch.einsum("ih,bch,hj,bjc,bj->bic", fc2.weight, slope, fc1.weight, less(z), y[..., 0])
+        return torch.einsum(
+            "ih,bch,hj,bjc,bj->bic", fc2.weight, slope, fc1.weight, less(z), y[..., 0]
+        )
     if isinstance(layer, convnext.Block):
         of = lambda t: layer.dwconv(t.movedim(-1, 1)).movedim(1, -1)
         return of(less(x) * y) - of(0 * x)
@@ -281,7 +307,7 @@ def parts_reference(model, images, labels, less):
             w = size[0] / (size[0] + size[1])
             arrived = torch.where(w.isnan(), y, (1 - w) * y + w * arrived)
         y = arrived
-    if getattr(model, "pool", "avg") == "cls":
+    if isinstance(model, vit.ViT):
         return y[:, 0]
     x = layer(x)[0]
     z = less(x if isinstance(model, convnext.ConvNeXt) else model.norm(x))
@@ -336,7 +362,9 @@ def test_a_blank_image_is_no_image_of_the_batch_and_where_nothing_moves_labels_a
     both = torch.cat([1 - labels, labels], dim=-1)
     with weighing.by(model, "parts"):
         torch.testing.assert_close(model(images, both)[1].sum(1), torch.ones(2).double())
-    assert not [m for m in model.modules() if {"given", "left"} & vars(m).keys()]  # nothing is left behind
+    assert not [
+        m for m in model.modules() if {"given", "left"} & vars(m).keys()
+    ]  # nothing is left behind
     with pytest.raises(ValueError, match="no such rule: 'part' less None"):
         weighing.weigh(model, "part")
 
@@ -345,10 +373,9 @@ def test_a_run_by_parts_is_trained_on_what_the_rule_says():
     torch.manual_seed(0)
     images, labels, said = torch.randn(2, 3, 32, 32), torch.rand(2, 64, 1), []
     for method in ("TL-Align", "TL-Align, norm", "TL-Align, parts"):
-        s = script.parse([])
+        s = script.parse_args([])
         vars(s).update(runs.METHODS[method])
-        torch.manual_seed(0)
-        said.append(script.build(script.recipe(s, 32, 1000), 10)(images, labels)[1])
+        said.append(script.build_model(script.fill_defaults(s, 32, 1000), 10)(images, labels)[1])
     torch.manual_seed(0)
     model = vit.vit_micro(num_classes=10)
     for mine, rule in zip(said[1:], ("norm", "parts")):
@@ -400,7 +427,9 @@ def test_boxes_of_space_and_time_lie_on_the_grid_of_tubelets():
         length = tokens.amax([a for a in (1, 2, 3) if a != axis]).sum(1)  # of the box, in tubelets
         assert (length <= sides).all() and (length == sides)[sides < 2].any()
     eighth = torch.tensor([[0.87, 0.8, 0.5, 0.3]])  # lambda, and the centre's row, column and time
-    box = video.token_labels(video.cutmix_mask(eighth, (8, 32, 32), 8), 8).unflatten(1, (4, 4, 4))[0, ..., 0]
+    box = video.token_labels(video.cutmix_mask(eighth, (8, 32, 32), 8), 8).unflatten(1, (4, 4, 4))[
+        0, ..., 0
+    ]
     assert box.sum() == 2**3 and box[0:2, 2:4, 1:3].all()
 
 
@@ -416,7 +445,7 @@ def test_a_tubelets_label_stands_where_its_token_stands():
         assert video.token_labels(clip[:, :, :1], 8)[0, :, 0].nonzero().tolist() == [[k]]
     mask = video.cutmix_mask(torch.rand(2, 4), (8, 32, 32), 8)
     clips, labels = torch.randn(2, 8, 3, 32, 32), video.token_labels(mask, 8)
-    layers = model.layer_labels(clips, labels)
+    layers = model.intermediate_labels(clips, labels)
     torch.testing.assert_close(layers[0][0].flatten(1, 3), labels)
     torch.testing.assert_close(layers[-1][1], model(clips, labels)[1])
     with pytest.raises(ValueError, match="clips must be"):
@@ -445,17 +474,17 @@ def test_the_loss_of_mixed_clips_is_that_of_their_shares():
         torch.randn(2, 8, 3, 32, 32),
         torch.tensor([0, 2]),
     )
-    rand = torch.rand(2, 3 + 2 * model.depth)
-    mask = video.cutmix_mask(rand[:, :4], (8, 32, 32), 8)
+    mask = video.cutmix_mask(torch.rand(2, 4), (8, 32, 32), 8)
     mixed, labels = torch.where(mask > 0, clips.flip(0), clips), video.token_labels(mask, 8)
     logits, aligned = model(mixed, labels)
     one_hot = F.one_hot(targets, 3).float()
-    for label, share in (("area", mask.mean((1, 2, 3, 4))[:, None]), ("tl_align", aligned)):
+    s = SimpleNamespace(patch_size=8, smoothing=0.1)
+    for s.targets, share in (("area", mask.mean((1, 2, 3, 4))[:, None]), ("tl_align", aligned)):
         target = (1 - share) * one_hot + share * one_hot.flip(0)
         expected = F.cross_entropy(logits, target, label_smoothing=0.1)
-        torch.testing.assert_close(video.loss(model, clips, targets, rand, 8, "cutmix", label, 0.1), expected)
-    plain = F.cross_entropy(model(clips), targets)
-    torch.testing.assert_close(video.loss(model, clips, targets, rand, 8, "none", "area", 0.0), plain)
+        torch.testing.assert_close(video.loss(model, clips, targets, mask, None, s), expected)
+    plain = F.cross_entropy(model(clips), targets, label_smoothing=0.1)
+    torch.testing.assert_close(video.loss(model, clips, targets, None, None, s), plain)
 
 
 def test_video_trains_on_its_own_clips_and_on_a_folder_of_them(here, tmp_path):
@@ -472,9 +501,9 @@ def test_video_trains_on_its_own_clips_and_on_a_folder_of_them(here, tmp_path):
     out, text = here(video, *few, "--clips", tmp_path / "clips")
     assert "train: 3 to do of 3" in out and "20 clips to validate on" in text
     torch.save(torch.zeros(11, 40, 50), tmp_path / "clips" / "train" / "dark" / "0.pt")
-    with pytest.raises(data.Ended, match=r"0\.pt holds no clip, a uint8 tensor \(T, 3, H, W\)"):
+    with pytest.raises(data.UserError, match=r"0\.pt holds no clip, a uint8 tensor \(T, 3, H, W\)"):
         here(video, *few, "--clips", tmp_path / "clips")
-    with pytest.raises(data.Ended, match="--clips takes a folder of train/CLASS"):
+    with pytest.raises(data.UserError, match="--clips takes a folder of train/CLASS"):
         here(video, *few, "--clips", tmp_path / "none")
 
 

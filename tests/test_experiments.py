@@ -30,6 +30,7 @@ import swin
 import tl_align
 import train as script
 import transfer
+import transmix
 import vit
 import weighing
 
@@ -57,7 +58,17 @@ def test_loader(tmp_path, folder, given, monkeypatch, capsys):
 
 def test_cost(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    args = ["--models", "vit_micro", "--sizes", 32, "--forms", "explicit", "channels", "--rounds", 1]
+    args = [
+        "--models",
+        "vit_micro",
+        "--sizes",
+        32,
+        "--forms",
+        "explicit",
+        "channels",
+        "--rounds",
+        1,
+    ]
     args += ["--batch-size", 2]
     monkeypatch.setattr(sys, "argv", ["cost.py", *map(str, args), "--device", "cpu"])
     cost.main()
@@ -68,11 +79,11 @@ def test_cost(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("model", ["vit_micro", "swin_micro"])
 def test_picture_of_a_checkpoint(tmp_path, folder, model, monkeypatch, capsys):
-    s = script.parse(["--data", str(folder), "--model", model, "--device", "cpu"])
-    script.recipe(s, 40, 24)
+    s = script.parse_args(["--data", str(folder), "--model", model, "--device", "cpu"])
+    script.fill_defaults(s, 40, 24)
     path = tmp_path / "run" / "best.pt"
     path.parent.mkdir()
-    torch.save({"model": script.build(s, 2).state_dict(), "settings": vars(s)}, path)
+    torch.save({"model": script.build_model(s, 2).state_dict(), "args": vars(s)}, path)
     monkeypatch.setattr(sys, "argv", ["picture.py", str(path), "--device", "cpu"])
     picture.main()
     drawn = path.with_name("alignment.png")
@@ -82,10 +93,12 @@ def test_picture_of_a_checkpoint(tmp_path, folder, model, monkeypatch, capsys):
     image = decode_image(drawn)
     assert image.shape == (3, height, columns * cell + picture.GAP)
     assert image.float().std() > 30  # not blank
-    monkeypatch.setattr(sys, "argv", ["picture.py", str(path), "--out", str(tmp_path / "other" / "it.png")])
+    monkeypatch.setattr(
+        sys, "argv", ["picture.py", str(path), "--out", str(tmp_path / "other" / "it.png")]
+    )
     picture.main()
     assert (tmp_path / "other" / "it.png").read_bytes() == drawn.read_bytes()
-    torch.save(torch.load(path) | {"settings": vars(s) | {"residual": "parts"}}, path)  # of compare.py
+    torch.save(torch.load(path) | {"args": vars(s) | {"residual": "parts"}}, path)  # of compare.py
     picture.main()
     assert (tmp_path / "other" / "it.png").read_bytes() != drawn.read_bytes()
 
@@ -100,7 +113,18 @@ def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_pat
 
 
 def test_processes_end_with_the_experiment_that_was_killed(tmp_path, folder):
-    args = ["--data", folder, "--models", "vit_micro", "--methods", "area", "--seeds", 2, "--jobs", 2]
+    args = [
+        "--data",
+        folder,
+        "--models",
+        "vit_micro",
+        "--methods",
+        "area",
+        "--seeds",
+        2,
+        "--jobs",
+        2,
+    ]
     line = [sys.executable, EXPERIMENTS / "compare.py", *args, *SMALL, "--epochs", 100_000]
     group = {"start_new_session": True, "stdout": subprocess.PIPE}
     experiment = subprocess.Popen([*map(str, line)], cwd=tmp_path, **group)
@@ -120,7 +144,9 @@ def test_compare_covers_every_method(here):
     out, text = here(compare)
     assert text.strip() in out
     assert sum(line.startswith("| vit_micro") for line in text.splitlines()) == len(runs.METHODS)
-    assert sum(line.startswith("| swin_micro") for line in text.splitlines()) == len(runs.METHODS) - 1
+    assert (
+        sum(line.startswith("| swin_micro") for line in text.splitlines()) == len(runs.METHODS) - 1
+    )
 
 
 def test_what_looks_at_models_shares_the_runs_of_area_and_tl_align(here):
@@ -132,7 +158,9 @@ def test_what_looks_at_models_shares_the_runs_of_area_and_tl_align(here):
     assert layers.count("| TL-Align, norm |") == 4 * 8  # eight models of four layers
     out, text = here(rules, "--mixes", 20)
     assert "train: 0 to do of 4" in out and "20 mixes" in text
-    assert text.count("| parts less the mean patch |") == 4 and text.count("| truth: objects |") == 4
+    assert (
+        text.count("| parts less the mean patch |") == 4 and text.count("| truth: objects |") == 4
+    )
     assert "nan" not in text
     out, text = here(robustness, "--models", "vit_micro")
     assert "train: 0 to do of 2" in out and "measure: 2 to do of 2" in out
@@ -147,10 +175,14 @@ def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, f
     checkpoints = sorted((tmp_path / "runs").rglob("best.pt"))
     for severity in "12":
         shutil.copytree(folder / "val" / "dark", tmp_path / "other" / "fog" / severity / "dark")
-    _, text = here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "other")
+    _, text = here(
+        robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "other"
+    )
     assert "| other | 100.00 | 100.00 | +0.00 |" in text  # one class alone can't be mistaken
     (tmp_path / "none").mkdir()
-    with pytest.raises(data.Ended, match="none has no folders named by the classes, such as 'dark'"):
+    with pytest.raises(
+        data.UserError, match="none has no folders named by the classes, such as 'dark'"
+    ):
         here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "none")
 
 
@@ -158,19 +190,78 @@ def test_transfer_trains_on_one_half_of_the_classes_and_then_on_the_other(here, 
     _, text = here(transfer, "--models", "vit_micro", "--few", 20, "--tune-passes", 1)
     assert "| vit_micro | from scratch |" in text and "of classes checks to rings" in text
     config = json.loads(next(tmp_path.rglob("shapes-second-half-area*/*/config.json")).read_text())
-    assert "shapes-first-half" in config["init"] and "-area-0/last.pt" in config["init"]
+    assert "shapes-first-half" in config["finetune"] and "-area-0/last.pt" in config["finetune"]
 
 
 def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
     args = argparse.Namespace(passes=1, data="shapes", root="data", images=30, val_images=0)
     sets = runs.open_part(args, range(5, 10))
-    assert sets.classes == data.SHAPES[5:] and len(sets.train) == 30
+    assert sets.classes == data.SHAPES_CLASSES[5:] and len(sets.train) == 30
     assert {sets.train[i][1] for i in range(30)} <= set(range(5))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What they measure.
+
+
+def small_vit():
+    """A ViT whose weights are so large that attention is far from uniform."""
+    torch.manual_seed(1)
+    model = vit.ViT(24, 4, num_classes=7, embed_dim=32, depth=3, num_heads=4)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def test_transmix_is_the_last_attention_over_the_mask_averaged_with_the_area():
+    torch.manual_seed(0)
+    images, labels, model = torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1), small_vit()
+    inputs = []
+
+    def keep(block, args):
+        inputs.append(args[0])
+
+    hook = model.blocks[-1].register_forward_pre_hook(keep)
+    with transmix.record_class_attention(model) as attention:
+        logits = model(images)
+    hook.remove()
+    share = transmix.transmix(labels, attention[0])
+    assert torch.equal(logits, model(images)) and not share.requires_grad
+    assert len(attention) == 1  # the hook is gone
+    block = model.blocks[-1]
+    for image in range(2):
+        q, k, _ = block.attn.qkv(block.norm1(inputs[0][image])).chunk(3, dim=-1)
+        q, k = (t.reshape(37, 4, 8).transpose(0, 1) for t in (q, k))  # (heads, N, head_dim)
+        weights = (q[:, 0, None] * k / 8**0.5).sum(-1).softmax(-1).mean(0)[1:]
+        seen = (weights * labels[image, :, 0]).sum() / weights.sum()
+        torch.testing.assert_close(share[image, 0], (seen + labels[image].mean()) / 2)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_loss_of_transmix_is_that_of_its_share_and_no_gradient_goes_through_it(fused):
+    torch.manual_seed(0)
+    args = argparse.Namespace(patch_size=4, smoothing=0.1)
+    images, targets, model = torch.randn(2, 3, 24, 24), torch.tensor([1, 2]), small_vit()
+    for block in model.blocks:
+        block.attn.fused = fused
+    mask = tl_align.cutmix_mask(torch.tensor([[0.5, 0.5, 0.5], [0.3, 0.2, 0.9]]), (24, 24), 4)
+    mixed = tl_align.mix(images, mask)
+    with transmix.record_class_attention(model) as attention:
+        logits = model(mixed)
+    share = transmix.transmix(tl_align.token_labels(mask, 4), attention[0])
+    expected = tl_align.mixed_cross_entropy(logits, targets, share, 0.1)
+    loss = transmix.transmix_loss(model, images, targets, mask, None, args)
+    torch.testing.assert_close(loss, expected)
+    parameters = [*model.parameters()]
+    gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(
+        transmix.transmix_loss(model, images, targets, None, None, args),
+        torch.nn.functional.cross_entropy(model(images), targets, label_smoothing=0.1),
+    )
 
 
 class Linear(torch.nn.Module):
@@ -188,7 +279,9 @@ def test_the_influence_of_a_source_on_a_linear_model_is_what_it_adds():
     owners, mixed = torch.stack([1 - mask, mask], dim=1), tl_align.mix(images, mask)
     shares = mixing_ratio.influence(Linear(), mixed, owners, [torch.zeros(1, 3, 8, 8)])
     torch.testing.assert_close(shares[:, 1], torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
-    instead = [torch.full((1, 3, 8, 8), value) for value in (0.0, 1.0)]  # half above nothing, on average
+    instead = [
+        torch.full((1, 3, 8, 8), value) for value in (0.0, 1.0)
+    ]  # half above nothing, on average
     shares = mixing_ratio.influence(Linear(), mixed, owners, instead)
     torch.testing.assert_close(shares[:, 1], torch.tensor([2.5 / (2.5 + 1.5), 0.5 / (0.5 + 7.5)]))
 
@@ -200,10 +293,14 @@ def test_the_influence_is_shapleys_value_for_three_sources():
     levels = (owners * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)).sum(1)
 
     def product(images):  # a game in which all three together are worth something more
-        a, b, c = (images[:, :1, :, i].mean((2, 3)) * 3 for i in (slice(0, 2), slice(2, 4), slice(4, 6)))
+        a, b, c = (
+            images[:, :1, :, i].mean((2, 3)) * 3 for i in (slice(0, 2), slice(2, 4), slice(4, 6))
+        )
         return a * b * c + c
 
-    shares = mixing_ratio.influence(product, levels.expand(-1, 3, -1, -1), owners, [torch.zeros(1, 3, 6, 6)])
+    shares = mixing_ratio.influence(
+        product, levels.expand(-1, 3, -1, -1), owners, [torch.zeros(1, 3, 6, 6)]
+    )
     a, b, c = 3.0, 6.0, 9.0
     third = a * b * c / 3
     torch.testing.assert_close(shares, torch.tensor([[third, third, third + c]]) / (3 * third + c))
@@ -230,25 +327,27 @@ def test_a_measured_residual_weighs_what_attention_adds_beside_the_token(make):
     )
     hooks = [block.register_forward_pre_hook(lambda _, args: given.append(args[0]))]
     hooks.append(block.norm2.register_forward_pre_hook(lambda _, args: given.append(args[0])))
-    before, half = (y for y, _ in model.layer_labels(images, labels)[:2])
+    before, half = (y for y, _ in model.intermediate_labels(images, labels)[:2])
     for hook in hooks:
         hook.remove()
     with weighing.by(model, "norm"):
         logits, aligned = model(images, labels)
-        norm = model.layer_labels(images, labels)[1][0]
+        norm = model.intermediate_labels(images, labels)[1][0]
     x, after = given
     added, kept = ((after - x).norm(dim=-1, keepdim=True), x.norm(dim=-1, keepdim=True))
     w = added / (added + kept)
     w = w[:, 1:].reshape(*half.shape) if make is vit.vit_micro else w  # without the class token
     torch.testing.assert_close(norm, (1 - w) * before + w * (2 * half - before))
     assert torch.equal(logits, model(images)) and not torch.equal(aligned, model(images, labels)[1])
-    assert torch.equal(model.layer_labels(images, labels)[1][0], half)  # as before
+    assert torch.equal(model.intermediate_labels(images, labels)[1][0], half)  # as before
 
 
 def test_scores_are_the_error_and_spearmans_correlation():
     true = torch.rand(1, 40, generator=torch.Generator().manual_seed(0))
     (error, low, high), (rank, *_) = mixing_ratio.scores(true**3 + 0, true)
-    assert rank == pytest.approx(1) and error == pytest.approx((true - true**3).mean().item(), rel=1e-5)
+    assert rank == pytest.approx(1) and error == pytest.approx(
+        (true - true**3).mean().item(), rel=1e-5
+    )
     assert low < error < high
     assert [*mixing_ratio.scores(1 - true, true)][1][0] == pytest.approx(-1)
     assert mixing_ratio.ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.0, 0.5, 2.0]
@@ -272,7 +371,9 @@ def test_an_interval_is_students():
 
 def test_attacks_stay_within_their_radius_and_raise_the_loss():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 5)).requires_grad_(False)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 5)).requires_grad_(
+        False
+    )
     images, targets = torch.rand(8, 3, 8, 8), torch.randint(5, (8,))
     loss = torch.nn.functional.cross_entropy(robustness.answer(model, images), targets)
     for steps in (1, robustness.STEPS):

@@ -69,7 +69,7 @@ def uniform(shape, *name):
 
 def beta(alpha, n, *name):
     """(n,) numbers from Beta(alpha, alpha), with a generator of that name, on the CPU."""
-    # By numpy, because torch's Beta takes no generator.
+    # By numpy, because torch's Beta takes no generator. The seed is that of the named generator.
     rng = np.random.default_rng(generator(*name).initial_seed())
     return torch.from_numpy(rng.beta(alpha, alpha, n)).float()
 
@@ -410,9 +410,9 @@ def epoch_order(num_images, seed, epoch, repeats=1):
     """
     place = torch.arange(num_images)
     group = place // (4 * repeats)  # of four images
-    repeat = place % (4 * repeats) // 4 % len(REPEAT_ORDER)
-    image = 4 * group + REPEAT_ORDER[repeat, place % 4]
-    return torch.randperm(num_images, generator=generator(seed, "order", epoch))[image % num_images]
+    repeat = place % (4 * repeats) // 4  # how often the group was cropped before
+    image = 4 * group + REPEAT_ORDER[repeat % len(REPEAT_ORDER), place % 4]
+    return torch.randperm(num_images, generator=generator(seed, "order", epoch))[image]
 
 
 def process_share(batch_size, rank, world_size):

@@ -414,10 +414,9 @@ def load_weights(model, path, classes, new_head=False):
 
 
 # A run that is resumed may change these.
-RESUMABLE_ARGS = (
-    "data root device workers micro_batch compile log_interval save_minutes out".split()
-)
-RESUMABLE_ARGS += ["resume", "eval"]
+RESUMABLE_ARGS = ["data", "root", "out", "resume", "eval"]  # where things are
+RESUMABLE_ARGS += ["device", "workers", "micro_batch", "compile"]  # how the same is computed
+RESUMABLE_ARGS += ["log_interval", "save_minutes"]
 
 
 def run_identity(args, datasets):
@@ -435,8 +434,7 @@ def find_checkpoint(args, datasets):
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train.py: give another --out")
     identity = run_identity(args, datasets)
-    names = ["classes", "num_images"]
-    changed = [name for name in names if checkpoint[name] != identity[name]]
+    changed = [key for key in ("classes", "num_images") if checkpoint[key] != identity[key]]
     for name, value in identity["args"].items():
         saved = checkpoint["args"].get(name)
         if name not in RESUMABLE_ARGS and saved != value:
@@ -619,8 +617,9 @@ class Trainer:
                 mask = make_mask(mix_rand[part], is_mixup[part], size, args.patch_size)
             with self.sync_context(is_last=start + micro_batch >= len(images)):
                 with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
-                    inputs = batch, targets[part], mask, drop_path_rand[part]
-                    loss = self.loss(self.model, *inputs, args)
+                    loss = self.loss(
+                        self.model, batch, targets[part], mask, drop_path_rand[part], args
+                    )
                 loss = loss * len(batch) / args.batch_size  # its part of the mean over the batch
                 (loss * get_world_size()).backward()  # the processes' gradients are averaged
             total_loss += loss.detach()

@@ -421,7 +421,8 @@ def read_all(part, dataset, workers, img_size=96):
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_bug_in_a_dataset_keeps_its_traceback(part, workers):
     report = read_all(part, BrokenDataset(), workers)
-    assert "AttributeError: 'BrokenDataset' object has no attribute 'imagez'" in report
+    error = "AttributeError: 'BrokenDataset' object has no attribute 'imagez'"
+    assert report.strip().endswith(error)
     assert "return self.imagez[index], 0" in report and __file__ in report
 
 

@@ -178,6 +178,17 @@ def test_signal_to_the_workers_too_stops_the_run(train, fork, folder, tmp_path, 
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+def test_signal_to_one_process_stops_all(fork, folder, tmp_path):
+    run = fork(2, "--data", folder, *RUN, "--epochs", 20, "--out", "run")
+    wait_for(lambda: "step 2/60" in read_log(run), run)
+    os.kill(run.processes[1].pid, signal.SIGUSR1)
+    for process in run.processes:
+        process.join(60)
+    statuses = [process.exitcode for process in run.processes]
+    assert statuses == [128 + signal.SIGTERM, 128 + signal.SIGUSR1], read_log(run)
+    assert 2 <= saved_step(tmp_path / "run") < 60
+
+
 def test_second_signal_ends_the_process_at_once(fork, folder, monkeypatch):
     def never_end(*args):
         print("in a step")

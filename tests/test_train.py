@@ -175,6 +175,15 @@ def test_last_checkpoint_is_written_every_save_minutes(train, folder, monkeypatc
     assert [step for name, step in saved if name == "last.pt"] == [5, 10, 12, 12]
 
 
+def test_best_checkpoint_is_of_the_best_epoch(train, folder, tmp_path, monkeypatch):
+    top1 = [50.0, 75.0, 62.5]
+    monkeypatch.setattr(script, "evaluate", lambda *args: (top1.pop(0), 100.0))
+    done = train("--data", folder, *TINY, "--epochs", 3, "--out", "run")
+    assert "finished: top-1 62.50 %, best 75.00 %" in done.out
+    history = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["progress"]["history"]
+    assert [entry["val_top1"] for entry in history] == [50.0, 75.0]
+
+
 # --- Checkpoints.
 
 
@@ -290,11 +299,11 @@ def test_bad_input_ends_in_one_line(train, tmp_path, monkeypatch, args, words):
 def test_script_exits_with_status_2_without_a_traceback(folder, tmp_path, start):
     path = folder / "train" / "light" / "01.jpg"
     path.write_text("text")  # found by a worker, which must not delay the end
-    run = start(1, "--data", folder, *TINY, "--img-size", 96, "--workers", 2)
+    run = start(1, "--data", folder, *TINY, "--img-size", 96, "--workers", 1)
     assert run.wait(timeout=60) == 2
-    lines = run.log.read_text().splitlines()
-    assert lines[-1].startswith(f"error: {path} cannot be decoded: ")
-    assert len(lines) == 3 and "Traceback" not in run.log.read_text()
+    log = run.log.read_text()
+    assert log.splitlines()[-1].startswith(f"error: {path} cannot be decoded: ")
+    assert "Traceback" not in log and "Exception" not in log
 
 
 BROKEN = """
@@ -313,7 +322,7 @@ train.main()
 
 def test_bug_in_a_transform_keeps_its_traceback(folder, tmp_path, start):
     (tmp_path / "broken.py").write_text(BROKEN)
-    args = ("--data", folder, *TINY, "--workers", 2)
+    args = ("--data", folder, *TINY, "--workers", 1)
     run = start(1, *args, script=tmp_path / "broken.py")
     assert run.wait(timeout=60) == 1
     log = run.log.read_text()
@@ -369,7 +378,7 @@ def test_recipes_for_finetuning():
     assert (args.lr, args.mix_prob, args.img_size) == (1e-4, 0.5, 224)
 
 
-def test_recipes_for_small_datasets():
+def test_recipes_for_small_datasets(monkeypatch):
     args = make_args("--data", "set", "--model", "deit_tiny", image_size=100, num_images=1653)
     assert (args.img_size, args.patch_size, args.batch_size, args.epochs) == (96, 8, 82, 100)
     assert (args.mix_prob, args.augment, args.aug_repeats) == (0.5, "light", 1)
@@ -381,8 +390,10 @@ def test_recipes_for_small_datasets():
     assert make_args("--data", "set").lr == 3e-3  # of the micro models
     shapes = make_args()
     assert (shapes.epochs, shapes.batch_size, shapes.mix_prob) == (2, 64, 1.0)
-    tiny = make_args("--data", "set", num_images=24)
-    assert tiny.batch_size == 2
+    assert make_args("--data", "set", num_images=24).batch_size == 2
+    with monkeypatch.context() as patch:  # a pair for each process
+        patch.setattr(script, "get_world_size", lambda: 8)
+        assert make_args("--data", "set", num_images=24).batch_size == 16
     short = make_args("--data", "set", "--epochs", 10)
     assert short.warmup_epochs == 1
 

@@ -376,6 +376,7 @@ def test_recipes_for_finetuning():
     args = make_args(*tune, image_size=375, num_images=10_000)
     assert (args.epochs, args.weight_decay, args.batch_size) == (30, 1e-8, 128)
     assert (args.lr, args.mix_prob, args.img_size) == (1e-4, 0.5, 224)
+    assert make_args("--data", "set", "--finetune", "file.pt").lr == 3e-3  # of the micro models
 
 
 def test_recipes_for_small_datasets(monkeypatch):

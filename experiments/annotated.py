@@ -171,7 +171,7 @@ def open_masks(root):
             )
         pairs, values = [(found[stem], str(root / masks / f"{stem}.png")) for stem in stems], {}
         with ThreadPoolExecutor(script.NUM_CPUS) as pool:
-            for (_, mask), some in zip(pairs, pool.map(look, pairs)):
+            for (_, mask), some in zip(pairs, pool.map(look, pairs), strict=False):
                 values |= {
                     v - ade: mask for v in some if v not in values and v != (0 if ade else IGNORED)
                 }
@@ -243,7 +243,7 @@ def as_masks(sets):
 
 def mask_of_scene(image, known):
     mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
-    for label, seen in zip(known["labels"], known["masks"]):
+    for label, seen in zip(known["labels"], known["masks"], strict=False):
         mask[seen] = label + 1
     return image, {"mask": mask}
 
@@ -265,7 +265,7 @@ def open_boxes(root):
         raise data.UserError(
             f"{root} is laid out neither as COCO (annotations/) nor as VOC (ImageSets/Main/)"
         )
-    for file, records in zip(files, parts):
+    for file, records in zip(files, parts, strict=False):
         odd = [
             (record[0], o)
             for record in records

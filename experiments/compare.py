@@ -46,7 +46,7 @@ def main():
                 rate[method] = max(rate.get(method, 0), *(e["images_per_s"] for e in epochs))
         points = []
         for method in top1:
-            gains = [a - b for a, b in zip(top1[method], top1["area"])]
+            gains = [a - b for a, b in zip(top1[method], top1["area"], strict=False)]
             mean, half = runs.interval(gains)
             told = method != "area" and len(gains) > 1
             gain, seeds = (runs.signed(gains), runs.needed(gains, 0.5)) if told else ("", "")

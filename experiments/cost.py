@@ -122,7 +122,10 @@ def attend_by(attend, width):
 @torch.compile(dynamic=False)
 def flex(q, k, v, bias):
     """`F.scaled_dot_product_attention` by flex attention."""
-    biased = lambda score, b, h, i, j: score + bias[h, i, j]
+
+    def biased(score, b, h, i, j):
+        return score + bias[h, i, j]
+
     return flex_attention(q, k, v, score_mod=None if bias is None else biased)
 
 
@@ -297,11 +300,12 @@ def measure(s, args):
         fits = all(w in memory for w in which)
         return of(*which) if fits else "" if which[0] not in times else "failed"
 
-    time_of = lambda which, area: interval([a / b for a, b in zip(times[which], times[area])])
+    def time_of(which, area):
+        return interval([a / b for a, b in zip(times[which], times[area], strict=False)])
 
     def rate_of(area):
         rates = [whole * s.batch_size / t for t in times[area]]
-        share = statistics.median(a / b for a, b in zip(rates, products))
+        share = statistics.median(a / b for a, b in zip(rates, products, strict=False))
         return f"{statistics.median(rates) / 1e12:.2f} ({share:.0%})"
 
     for form in forms:

@@ -252,7 +252,10 @@ def fit(s, model, transform, sets, score):
 
     options = {"num_workers": s.workers, "worker_init_fn": data.ignore_signals, "collate_fn": list}
     loader = DataLoader(Drawn(sets.train, transform), batch_sampler=keys(step), **options)
-    to_device = lambda t: t.to(s.device, non_blocking=True)
+
+    def to_device(t):
+        return t.to(s.device, non_blocking=True)
+
     autocast = functools.partial(
         torch.autocast, s.device, torch.bfloat16, enabled=s.device == "cuda"
     )
@@ -264,13 +267,15 @@ def fit(s, model, transform, sets, score):
             for item in items:
                 if isinstance(item, data.UserError):
                     raise item
-            images, known, names = zip(*items)
+            images, known, names = zip(*items, strict=False)
             for group in optimizer.param_groups:
                 group["lr"] = rate(step, s)
             with autocast():
                 losses = ddp(*tree_map_only(torch.Tensor, to_device, (images, known)), names)
             counts = total(torch.tensor([float(count) for _, count in losses], device=s.device))
-            loss = sum(part / count for (part, _), count in zip(losses, counts.clamp(min=1)))
+            loss = sum(
+                part / count for (part, _), count in zip(losses, counts.clamp(min=1), strict=False)
+            )
             (loss * world).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -451,7 +456,7 @@ def compare(args, name, tune, sets, recipe, measures):
         points = []
         for way, results in found.items():
             means = [f"{statistics.fmean(r[key] for r in results):.2f}" for key in measures]
-            gains = [a[first] - b[first] for a, b in zip(results, found[base])]
+            gains = [a[first] - b[first] for a, b in zip(results, found[base], strict=False)]
             told = ["", ""] if way == base else [runs.signed(gains), f"{gains[0]:+.2f}"]
             rows.append([model, way, *means, *told])
             mean, half = runs.interval([r[first] for r in results])

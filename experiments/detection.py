@@ -72,7 +72,7 @@ class Sampler(detection._utils.BalancedPositiveNegativeSampler):
             with torch.random.fork_rng([one.device] if one.is_cuda else []):
                 torch.manual_seed(data.generator(*name, "sample").initial_seed())
                 chosen.append([mask for (mask,) in choose([one])])
-        positive, negative = map(list, zip(*chosen))
+        positive, negative = map(list, zip(*chosen, strict=False))
         self.positive, self.all = (
             sum(int(m.sum()) for m in ms) for ms in (positive, positive + negative)
         )
@@ -169,7 +169,7 @@ def average_precision(found, known, classes, most=100):
     tables = {name: [] for name in SIZES}
     for label in range(classes):
         pairs = []
-        for f, k in zip(found, known):
+        for f, k in zip(found, known, strict=False):
             f, k = (
                 {name: v[image["labels"] == label] for name, v in image.items()} for image in (f, k)
             )
@@ -185,7 +185,9 @@ def average_precision(found, known, classes, most=100):
                     np.concatenate(m, axis=1)[:, best]
                     for m in ([m[i] for m in matched] for i in (0, 1))
                 )
-                tables[name].append([precision(h[~i], objects) for h, i in zip(hits, spared)])
+                tables[name].append(
+                    [precision(h[~i], objects) for h, i in zip(hits, spared, strict=False)]
+                )
     means = {
         name: np.mean(t, axis=0) if t else np.full(len(IOUS), np.nan) for name, t in tables.items()
     }
@@ -259,7 +261,8 @@ def change(transform, image, known):
     }
 
 
-longest = lambda s: s.size * 5 // 3  # side of an image, whatever its shape
+def longest(s):
+    return s.size * 5 // 3  # side of an image, whatever its shape
 
 
 def score(model, sets, s):
@@ -269,7 +272,7 @@ def score(model, sets, s):
         found, known = predict(model, image), {k: v for k, v in known.items() if k != "masks"}
         mine.append((i, found, known))
     every = sorted(itertools.chain(*dense.gather(mine)), key=lambda three: three[0])
-    return average_precision(*list(zip(*every))[1:], len(sets.classes))
+    return average_precision(*list(zip(*every, strict=False))[1:], len(sets.classes))
 
 
 def predict(model, image):
@@ -294,7 +297,7 @@ def draw(tuned, sets, columns=4, side=192):
         model.load_state_dict(script.load_checkpoint(f"{s.out}/last.pt")["model"])
         rows.append([predict(model, image) for image, _ in images])
     for row in rows:
-        for (image, _), found in zip(images, row):
+        for (image, _), found in zip(images, row, strict=False):
             keep = found["scores"] > 0.5
             scale = torch.tensor([side / image.shape[2], side / image.shape[1]] * 2)
             names = [sets.classes[label] for label in found["labels"][keep]]
@@ -316,7 +319,10 @@ def main():
         script.print0(f"{kind} R-CNN: {some} objects have polygons")
         batch = args.tune_batch_size or LARGE["batch_size"]
         recipe = LARGE | {"steps": math.ceil(12 * len(opened.train) / batch), "masks": masks}
-        sets = lambda seed: opened
+
+        def sets(seed):
+            return opened
+
     measures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}
     compared = dense.compare(args, "detection", tune, sets, recipe, measures)
     dense.write(args, "detection", compared, sets, draw)

@@ -117,7 +117,7 @@ def main():
             "|---|---|---|---|"
         )
         for name, ours in rates.items():
-            ratios = sorted(a / b for a, b in zip(ours, rates["torchvision's chain"]))
+            ratios = sorted(a / b for a, b in zip(ours, rates["torchvision's chain"], strict=False))
             middle = statistics.median(ratios)
             rate = statistics.median(ours)
             print(f"| {name} | {rate:.0f} | {middle:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |")

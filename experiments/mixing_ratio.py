@@ -100,7 +100,7 @@ def look(model, images, mask, s):
     labels have moved, {(method, layer): mean}."""
     said, true, moved = {}, [], {}
     mean = mean_patch(images, s)
-    for x, m in zip(tl_align.mix(images, mask).split(200), mask.split(200)):
+    for x, m in zip(tl_align.mix(images, mask).split(200), mask.split(200), strict=False):
         x, m, mean = (t.to(s.device) for t in (x, m, mean))
         labels = tl_align.token_labels(m, s.patch_size)
         found = {("area", ""): labels.mean((1, 2))}
@@ -165,7 +165,7 @@ def beyond(said, true, area):
     """Correlation of said - area with true - area, and the factor that fits, of shares (seeds,
     n)."""
     a, b = said - area, true - area
-    r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b)])
+    r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b, strict=False)])
     return r.mean().item(), ((a * b).mean(1) / (a * a).mean(1)).mean().item()
 
 

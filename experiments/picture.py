@@ -57,7 +57,10 @@ def draw(model, sets, s):
         share, read = layers[depth]
         title = f"layer {depth}" if depth < last else "aligned"
         columns.append((title, paint(share.movedim(-1, 1)), read[:, 0]))
-    name = lambda title, read, row: title if read is None else f"{title}: {read[row].item():.2f}"
+
+    def name(title, read, row):
+        return title if read is None else f"{title}: {read[row].item():.2f}"
+
     rows = range(0, 2 * ROWS, 2)
     cells = [
         (name(title, read, row), pictures[row]) for row in rows for title, pictures, read in columns

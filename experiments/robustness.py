@@ -248,7 +248,9 @@ def measure(s, sets, folders):
         name: sum(found.pop((name, level)) for level in range(1, 6)) / 5 for name in CORRUPTIONS
     }
     found |= corrupted | {"mean of corruptions": sum(corrupted.values()) / len(corrupted)}
-    found["calibration error"] = calibration_error(*(torch.cat(parts) for parts in zip(*answers)))
+    found["calibration error"] = calibration_error(
+        *(torch.cat(parts) for parts in zip(*answers, strict=False))
+    )
     with torch.no_grad():
         found |= {
             Path(folder).name: top1_of_folder(model, folder, sets.classes, s) for folder in folders
@@ -296,9 +298,10 @@ def main():
     few = runs.Part(sets.val, range(min(args.few or len(sets.val), len(sets.val))), 0)
     sets = sets._replace(val=few)
     todo = [(s, sets, args.folders) for s in everything if not measured(s, sets, args.folders)]
-    result = lambda s: (
-        f"mean of corruptions {measured(s, sets, args.folders)['mean of corruptions']:.2f} %"
-    )
+
+    def result(s):
+        return f"mean of corruptions {measured(s, sets, args.folders)['mean of corruptions']:.2f} %"
+
     runs.side_by_side(measure, todo, args, len(everything), result)
 
     rows, panels, head = {}, [], ["percent"]
@@ -314,7 +317,7 @@ def main():
             row = rows.setdefault(name, [name])
             row += [f"{sum(v) / len(v):.2f}" for v in values.values()]
             for way in others:
-                gains = [a - b for a, b in zip(values[way], values[first])]
+                gains = [a - b for a, b in zip(values[way], values[first], strict=False)]
                 row.append(runs.signed(gains))
                 mean, half = runs.interval(gains)
                 points[way].append((mean, mean - half, mean + half))

@@ -70,7 +70,10 @@ def look(model, images, mixed, owners, labels, s):
         "others": [images.roll(far * k, 0) for k in range(1, OTHERS + 1)],
     }
     for part in torch.arange(len(images)).split(200 // group * group):
-        here = lambda t: t[part].to(s.device)
+
+        def here(t):
+            return t[part].to(s.device)
+
         x, y, own = here(mixed), here(labels), here(owners)
         found = {"area": y.mean(1)}
         if runs.has_class_token(s.model):
@@ -113,7 +116,8 @@ def main():
         mixed = mixes(images, seeds[0], args.sources)
         looks = [look(runs.model_of(s, sets), images, *mixed, s) for s in seeds]
         said, true = (
-            {k: torch.stack([f[k] for f in found]) for k in found[0]} for found in zip(*looks)
+            {k: torch.stack([f[k] for f in found]) for k in found[0]}
+            for found in zip(*looks, strict=False)
         )
         if args.data == "shapes":
             masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()

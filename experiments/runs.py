@@ -317,7 +317,11 @@ def beside(values, base="area"):
     rows, points = [], []
     for way, those in values.items():
         mean, half = interval(those)
-        gain = "" if way == base else signed([a - b for a, b in zip(those, values[base])])
+        gain = (
+            ""
+            if way == base
+            else signed([a - b for a, b in zip(those, values[base], strict=False)])
+        )
         rows.append([way, f"{mean:.2f}", gain])
         points.append((mean, mean - half, mean + half))
     return rows, points
@@ -381,7 +385,10 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
         step = next(k * step for k in (0.1, 0.2, 0.5, 1, 2) if (high - low or 1) / (k * step) <= 7)
         low = math.floor(low / step) * step
         lines = max(1, math.ceil((high - low) / step - 1e-6))
-        y = lambda v: round(top + height * (1 - (v - low) / (lines * step)), 1)
+
+        def y(v):
+            return round(top + height * (1 - (v - low) / (lines * step)), 1)
+
         middle = f'x="{x0 + w / 2:.0f}" text-anchor="middle"'
         out.append(f'<text {middle} y="{top - 24}" font-size="12">{escape(title)}</text>')
         out.append(f'<text x="{x0 - 34}" y="{top - 9}" fill="#555">{escape(label)}</text>')
@@ -393,7 +400,7 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
                 f'<text x="{x0 - 5}" y="{y(v) + 4}" text-anchor="end">{round(v, 6):g}</text>'
             )
         x = [x0 + w * (i + 0.5) / len(places) for i in range(len(places))]
-        for at, place in zip(x, places):
+        for at, place in zip(x, places, strict=False):
             spot = f'x="{at:.0f}" y="{top + height + 14}"'
             turn = f'text-anchor="end" transform="rotate(-35 {at:.0f} {top + height + 14})"'
             turn = turn if len(place) > 3 else 'text-anchor="middle"'
@@ -403,7 +410,7 @@ def chart(panels, label, columns=None, joined=True, width=330, height=220):
                 4 * (k - (len(series) - 1) / 2),
                 colour[name],
             )  # so that bars stand side by side
-            here = [(at + shift, *p) for at, p in zip(x, points) if p]
+            here = [(at + shift, *p) for at, p in zip(x, points, strict=False) if p]
             if joined:
                 line = " ".join(f"{at:.1f},{y(v)}" for at, v, *_ in here)
                 out.append(

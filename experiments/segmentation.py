@@ -77,7 +77,8 @@ def conv(inside, outside, size=1):
     return nn.Sequential(OrderedDict(layers))
 
 
-resize = lambda x, size: F.interpolate(x, size, mode="bilinear", align_corners=False)
+def resize(x, size):
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
 
 
 class UperNet(nn.Module):
@@ -102,7 +103,7 @@ class UperNet(nn.Module):
         *above, last = maps
         pooled = [resize(pool(last), last.shape[2:]) for pool in self.psp_modules]
         rows = [self.bottleneck(torch.cat([last, *pooled], dim=1))]
-        for x, lateral in zip(reversed(above), reversed(self.lateral_convs)):
+        for x, lateral in zip(reversed(above), reversed(self.lateral_convs), strict=False):
             rows.insert(0, lateral(x) + resize(rows[0], x.shape[2:]))
         rows = [*map(lambda f, x: f(x), self.fpn_convs, rows), rows[-1]]
         rows = [resize(x, maps[0].shape[2:]) for x in rows]
@@ -229,7 +230,10 @@ def main():
         recipe = SMALL
     else:
         opened = annotated.once(annotated.open_masks, args.data)
-        sets = lambda seed: opened
+
+        def sets(seed):
+            return opened
+
     compared = dense.compare(args, "segmentation", tune, sets, recipe, measures)
     dense.write(args, "segmentation", compared, sets, draw)
 

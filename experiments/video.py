@@ -148,7 +148,9 @@ def drawn(n, seed):
     steps = torch.tensor([(-2, 0), (-2, 2), (0, 2), (2, 2), (2, 0), (2, -2), (0, -2), (-2, -2)])
     starts = torch.randint(SIDE, (n, 2), generator=data.generator(seed, "start"))
     clips = ground[:, None].repeat(1, FRAMES, 1, 1, 1)
-    for clip, image, mask, target, start in zip(clips, objects, masks, targets, starts):
+    for clip, image, mask, target, start in zip(
+        clips, objects, masks, targets, starts, strict=False
+    ):
         for t, frame in enumerate(clip):
             shift = (start + t * steps[target]).tolist()
             there = mask.roll(shift, (0, 1))
@@ -190,7 +192,7 @@ def opened(folder):
         order = torch.randperm(
             len(part), generator=data.generator("chosen")
         ).tolist()  # it has them by class
-        clips, targets = zip(*(part[i] for i in order))
+        clips, targets = zip(*(part[i] for i in order), strict=False)
         parts.append(TensorDataset(torch.stack(clips), torch.tensor(targets)))
     return data.Datasets(*parts, found[0].classes, hflip=False)
 
@@ -326,7 +328,9 @@ def main():
     }
     runs.train_all([(s, sets[s.seed]) for those in trained.values() for s in those], args, train)
 
-    top1 = lambda s: runs.done(s)[-1]["val_top1"]
+    def top1(s):
+        return runs.done(s)[-1]["val_top1"]
+
     rows, points = runs.beside({method: [*map(top1, those)] for method, those in trained.items()})
     text = runs.table(["trained with", "top-1 %", "difference to area"], rows)
     panels = [("top-1 %", [*trained], {BARS: points})]

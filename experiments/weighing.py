@@ -50,7 +50,10 @@ def by_attention(block, x, less, class_only=False):
     if class_only:
         q = q[:, :, :1]
     attention, v = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1), less(v)
-    heads = lambda y: rearrange(attention @ (v * y[:, None]), "b h n d -> b n (h d)")
+
+    def heads(y):
+        return rearrange(attention @ (v * y[:, None]), "b h n d -> b n (h d)")
+
     return lambda y: F.linear(heads(y), block.attn.proj.weight)
 
 
@@ -80,9 +83,10 @@ def by_token_mlp(block, x, less):
 
 def by_kernel(block, x, less):
     conv, x = block.dwconv, less(x)
-    move = lambda t: F.conv2d(
-        t.movedim(-1, 1), conv.weight, padding=conv.padding, groups=conv.groups
-    )
+
+    def move(t):
+        return F.conv2d(t.movedim(-1, 1), conv.weight, padding=conv.padding, groups=conv.groups)
+
     return lambda y: move(x * y).movedim(1, -1)
 
 
@@ -102,7 +106,10 @@ def by_pooling(model, x, less):
     last = isinstance(model, convnext.ConvNeXt)  # its norm comes after the average
     z = less(x if last else model.norm(x)).flatten(1, -2)
     weight = model.head.weight * model.norm.weight if last else model.head.weight
-    centre = lambda t: t - t.mean(-1, keepdim=True) if last else t
+
+    def centre(t):
+        return t - t.mean(-1, keepdim=True) if last else t
+
     return lambda y: F.linear(centre((z * y.flatten(1, -2)).mean(1)), weight)
 
 
@@ -141,9 +148,11 @@ def weigh(model, rule="parts", reference=None, merged=True):
     if rule not in ("norm", "parts") or reference not in LESS:
         raise ValueError(f"no such rule: {rule!r} less {reference!r}")
     less, merged = LESS[reference], merged and rule == "parts"
+
     # Looked up for the model at hand: a copy of one, such as its running mean, takes the hooks
     # along.
-    blocks = lambda model: [m for m in model.modules() if type(m) in MIX]
+    def blocks(model):
+        return [m for m in model.modules() if type(m) in MIX]
 
     def note(norm2, args):
         norm2.given = args[0].detach()  # the token and what the layer added
@@ -187,7 +196,10 @@ def weigh(model, rule="parts", reference=None, merged=True):
     def add_image(model, args, kwargs):
         images, labels = (*args, kwargs.get("labels"))[:2]
         if labels is not None:
-            more = lambda t, value: F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1), value=value)
+
+            def more(t, value):
+                return F.pad(t, (0, 0) * (t.dim() - 1) + (0, 1), value=value)
+
             drawn = {
                 k: more(v, 1) for k, v in kwargs.items() if k == "rand" and v is not None
             }  # drops nothing

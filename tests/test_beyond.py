@@ -84,7 +84,10 @@ def plain_matrix(layer, x):
             move = [[float((r // 2, c // 2) == place) for r, c in at] for place in places]
         else:
             k = layer.dwconv.weight.abs().mean((0, 1))
-            near = lambda dr, dc: k[dr + 3, dc + 3].item() if max(abs(dr), abs(dc)) <= 3 else 0.0
+
+            def near(dr, dc):
+                return k[dr + 3, dc + 3].item() if max(abs(dr), abs(dc)) <= 3 else 0.0
+
             move = [[near(r - i, c - j) for r, c in at] for i, j in at]
         move = torch.tensor(move, dtype=torch.float64)
     return move / move.sum(1, keepdim=True)
@@ -164,7 +167,9 @@ def test_convnext_equals_torchvisions_by_metas_names():
 
 
 def test_mixers_names_are_timms():
-    linear = lambda name: [f"{name}.weight", f"{name}.bias"]
+    def linear(name):
+        return [f"{name}.weight", f"{name}.bias"]
+
     layers = [
         "norm1",
         "mlp_tokens.fc1",
@@ -277,10 +282,16 @@ def part_of(layer, x, y, less):
             "ih,bch,hj,bjc,bj->bic", fc2.weight, slope, fc1.weight, less(z), y[..., 0]
         )
     if isinstance(layer, convnext.Block):
-        of = lambda t: layer.dwconv(t.movedim(-1, 1)).movedim(1, -1)
+
+        def of(t):
+            return layer.dwconv(t.movedim(-1, 1)).movedim(1, -1)
+
         return of(less(x) * y) - of(0 * x)
     if isinstance(layer, convnext.Down):
-        of = lambda y: changed(layer[0], lambda z: less(z) * y, lambda: layer(x)[0])
+
+        def of(y):
+            return changed(layer[0], lambda z: less(z) * y, lambda: layer(x)[0])
+
         return of(y) - of(0 * y)
     y = F.pad(y, (0, 0, 0, y.shape[2] % 2, 0, y.shape[1] % 2))
     four = torch.cat(
@@ -346,7 +357,9 @@ def test_a_rule_changes_no_gradient(name):
     with weighing.by(model, "parts", torch.zeros_like(images[:1])):
         logits, aligned = model(images, labels)
     assert not aligned.requires_grad
-    for a, b in zip(own, torch.autograd.grad(logits.square().sum(), [*model.parameters()])):
+    for a, b in zip(
+        own, torch.autograd.grad(logits.square().sum(), [*model.parameters()]), strict=False
+    ):
         torch.testing.assert_close(a, b)
 
 
@@ -378,7 +391,7 @@ def test_a_run_by_parts_is_trained_on_what_the_rule_says():
         said.append(script.build_model(script.fill_defaults(s, 32, 1000), 10)(images, labels)[1])
     torch.manual_seed(0)
     model = vit.vit_micro(num_classes=10)
-    for mine, rule in zip(said[1:], ("norm", "parts")):
+    for mine, rule in zip(said[1:], ("norm", "parts"), strict=False):
         with weighing.by(model, rule):
             assert torch.equal(mine, model(images, labels)[1])
     assert not torch.equal(said[0], said[1]) and not torch.equal(said[1], said[2])
@@ -458,7 +471,7 @@ def test_a_built_in_clip_moves_in_the_direction_that_is_its_class():
     clips, targets = video.drawn(24, 0)
     assert clips.shape == (24, 8, 3, 32, 32) and targets.max() < len(video.DIRECTIONS)
     moves = {"up": (-2, 0), "right": (0, 2), "down left": (2, -2)}
-    for clip, name in zip(clips, (video.DIRECTIONS[t] for t in targets)):
+    for clip, name in zip(clips, (video.DIRECTIONS[t] for t in targets), strict=False):
         if name in moves:
             still, fits = (clip[1:] == clip[:-1]).all(1), {}  # the ground
             for by in moves.values():

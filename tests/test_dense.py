@@ -65,7 +65,10 @@ def boxes(*edges, labels=None, scores=None, crowd=(), ignore=()):
     return found | flags | {"area": sides.prod(1)}
 
 
-FLAGS = lambda crowd, ignore: (("crowd", crowd), ("ignore", ignore))
+def FLAGS(crowd, ignore):
+    return (("crowd", crowd), ("ignore", ignore))
+
+
 A, B, FAR = (0, 0, 10, 10), (20, 0, 30, 10), (50, 50, 60, 60)
 RIGHT, HALF = [100.0] * 3, [51 * 100 / 101] * 3  # of 101 recalls those from 0 to 0.5
 
@@ -171,7 +174,10 @@ def test_levels_are_maps_of_growing_strides(checkpoint, model, strides):
     )
     assert levels.strides == strides
     maps = levels(torch.randn(2, 3, 64, 96))
-    sizes = [(2, c, 64 // stride, 96 // stride) for c, stride in zip(levels.channels, strides)]
+    sizes = [
+        (2, c, 64 // stride, 96 // stride)
+        for c, stride in zip(levels.channels, strides, strict=False)
+    ]
     assert [tuple(m.shape) for m in maps] == sizes
     for p in levels.parameters():  # under DDP a parameter without a gradient would be waited for
         p.grad = None
@@ -314,12 +320,14 @@ def test_swins_features_equal_torchvisions():
 def test_scenes_are_drawn_from_the_seed_and_boxes_are_those_of_what_is_seen():
     some, again = (annotated.scenes(40, 3, range(5, 10)) for _ in range(2))
     hidden = 0
-    for (image, known), (other, _) in zip(some, again):
+    for (image, known), (other, _) in zip(some, again, strict=False):
         assert torch.equal(image, other) and image.shape == (3, 64, 64)
         assert (
             1 <= len(known["boxes"]) <= 4 and known["masks"].sum(0).max() <= 1
         )  # a pixel is of one object
-        for (left, top, right, bottom), mask in zip(known["boxes"].int().tolist(), known["masks"]):
+        for (left, top, right, bottom), mask in zip(
+            known["boxes"].int().tolist(), known["masks"], strict=False
+        ):
             assert mask[top:bottom, left:right].sum() == mask.sum()
             assert mask[top, left:right].any() and mask[bottom - 1, left:right].any()
             assert mask[top:bottom, left].any() and mask[top:bottom, right - 1].any()

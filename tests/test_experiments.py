@@ -365,7 +365,10 @@ def test_an_interval_is_students():
     published = {1: 12.706, 9: 2.262, 10: 2.228, 23: 2.069, 60: 2.0}
     assert all(runs.student(n) == pytest.approx(t, abs=3e-3) for n, t in published.items())
     n = runs.needed(values := [0.3, -0.9, 1.4, 0.2], 0.5)
-    width = lambda n: runs.student(n - 1) * statistics.stdev(values) / n**0.5
+
+    def width(n):
+        return runs.student(n - 1) * statistics.stdev(values) / n**0.5
+
     assert width(n) <= 0.5 < width(n - 1)
 
 

@@ -207,10 +207,12 @@ def open_folder(root):
         known = ", ".join(["shapes", *TORCHVISION_DATASETS])
         raise UserError(f"--data {root!r} is no folder, and none of {known}")
     train_root = os.path.join(root, "train")
-    if not find_classes(train_root):
-        return split_folder(root)
     val_roots = [os.path.join(root, name) for name in VAL_FOLDERS]
     val_roots = [path for path in val_roots if os.path.isdir(path)]
+    if not find_classes(train_root):
+        if os.path.isdir(train_root) and val_roots:
+            raise UserError(f"{train_root} has no class folders: expected {train_root}/CLASS/")
+        return split_folder(root)
     if not val_roots:
         raise UserError(f"{root} has train/ but none of {', '.join(VAL_FOLDERS)}")
     classes = find_classes(train_root)
@@ -229,8 +231,8 @@ def split_folder(root):
     """A folder of class folders. The split depends on the images' names only, so an image stays
     on its side when others are added."""
     classes = find_classes(root)
-    if not classes:
-        raise UserError(f"{root} has no folders: expected train/CLASS/ and val/CLASS/, or CLASS/")
+    if len(classes) < 2:
+        raise UserError(f"{root} needs train/CLASS/ and val/CLASS/, or two class folders or more")
     train, val = [], []
     for path, target in find_images(root, classes):
         name = os.fsencode(os.path.relpath(path, root))
@@ -288,14 +290,17 @@ decode_jpeg = getattr(torchvision.io, "decode_jpeg", None)
 def decode(path):
     """The image in a file, uint8 (3, H, W), rotated according to EXIF; the first frame of an
     animation. Raises UserError, with the decoder's reason, if the file is not an image."""
-    if decode_jpeg is not None:
+    try:
         content = np.fromfile(path, np.uint8)
-        if content[:2].tobytes() == b"\xff\xd8":  # JPEG, whatever the file's name
-            try:
-                content = torch.from_numpy(content)
-                return decode_jpeg(content, "RGB", apply_exif_orientation=True)
-            except RuntimeError:
-                pass  # Pillow knows more kinds of JPEG, or has a better reason
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    is_jpeg = content[:2].tobytes() == b"\xff\xd8"  # whatever the file's name
+    if is_jpeg and decode_jpeg is not None:
+        try:
+            content = torch.from_numpy(content)
+            return decode_jpeg(content, "RGB", apply_exif_orientation=True)
+        except RuntimeError:
+            pass  # Pillow knows more kinds of JPEG, or has a better reason
     try:
         image = Image.open(path)
         image.load()

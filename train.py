@@ -371,7 +371,7 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # in DeiT's checkpoints
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
-        raise UserError(f"{path} cannot be loaded: {error}") from error
+        raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
     state = checkpoint  # as in timm's files
@@ -379,7 +379,10 @@ def load_checkpoint(path):
         if key in checkpoint:
             state = checkpoint[key]
             break
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    is_state_dict = isinstance(state, dict) and all(
+        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in state.items()
+    )
+    if not is_state_dict:
         raise UserError(f"{path} holds no model: expected a state dict, or one under 'model'")
     # Prefixes of DistributedDataParallel, torch.compile and DINO.
     prefix = re.compile(r"^(module\.|_orig_mod\.|backbone\.)+")
@@ -394,7 +397,9 @@ def load_weights(model, path, classes, new_head=False):
     checkpoint has one for other classes, or none. Raises UserError if anything else differs.
     """
     checkpoint = load_checkpoint(path)
-    state = model.convert_state_dict(checkpoint.get("ema") or checkpoint["model"])
+    is_ours = checkpoint.get("format") == FORMAT
+    state = checkpoint["ema"] if is_ours and checkpoint["ema"] else checkpoint["model"]
+    state = model.convert_state_dict(state)
     own_state = model.state_dict()
     head = state.get("head.weight")
     same_classes = checkpoint.get("classes", classes) == classes  # foreign files name no classes
@@ -428,7 +433,11 @@ def run_identity(args, datasets):
 def find_checkpoint(args, datasets):
     """The last checkpoint in --out, or None. Raises UserError if it is of another run."""
     path = Path(args.out, "last.pt")
-    if not args.resume or not path.exists():
+    if not args.resume:
+        return None
+    if not path.exists():
+        if Path(args.out, "best.pt").exists():
+            raise UserError(f"{args.out} has a best.pt but no last.pt: give another --out")
         return None
     checkpoint = load_checkpoint(path)
     if checkpoint.get("format") != FORMAT:

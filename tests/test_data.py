@@ -136,7 +136,7 @@ def test_folders_that_are_no_dataset_are_refused(folder, tmp_path):
 
     (tmp_path / "empty").mkdir()
     assert_refused(tmp_path / "nowhere", "nowhere", "is no folder", "cifar10")
-    assert_refused(tmp_path / "empty", "empty", "no folders", "train/CLASS/")
+    assert_refused(tmp_path / "empty", "empty", "two class folders or more", "train/CLASS/")
     (folder / "val" / "grey").mkdir()
     assert_refused(folder, "same classes", "grey is in only one of them")
     (folder / "train" / "grey").mkdir()
@@ -506,3 +506,18 @@ def test_random_erasing_fills_boxes_of_the_right_size_in_a_quarter_of_the_images
     assert 0.22 < (area > 0).float().mean() < 0.28
     assert area[area > 0].min() >= 0.015 and area.max() < 0.36
     assert abs(erased[erased != 0].std() - 1) < 0.05
+
+
+def test_flat_train_and_val_folders_are_not_taken_for_classes(folder):
+    for part in ("train", "val"):
+        for path in list((folder / part).rglob("*.jpg")):
+            path.rename(folder / part / f"{path.parent.name}{path.name}")
+        for name in ("dark", "light"):
+            (folder / part / name).rmdir()
+    with pytest.raises(data.UserError, match="train has no class folders"):
+        data.open_datasets(str(folder))
+
+
+def test_missing_image_is_one_line(tmp_path):
+    with pytest.raises(data.UserError, match="gone.jpg cannot be read: No such file"):
+        data.decode(tmp_path / "gone.jpg")

@@ -544,6 +544,19 @@ def test_mask_is_mixups_or_cutmixs_and_empty_for_lambda_1():
     assert masks[2:].eq(0).all()
 
 
+def test_best_checkpoint_of_another_run_is_not_overwritten(train, folder, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "best.pt").write_text("precious")
+    assert_one_line(train("--data", folder, *TINY, "--out", "run"), "best.pt but no last.pt")
+    assert (tmp_path / "run" / "best.pt").read_text() == "precious"
+
+
+def test_foreign_checkpoint_with_an_ema_decay_is_loaded(tmp_path):
+    model = vit.vit_micro(num_classes=2)
+    torch.save({"model": model.state_dict(), "ema": 0.999}, tmp_path / "foreign.pt")
+    script.load_weights(model, tmp_path / "foreign.pt", ["a", "b"])
+
+
 # --- The README.
 
 

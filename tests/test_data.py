@@ -143,11 +143,13 @@ def test_folders_that_are_no_dataset_are_refused(folder, tmp_path):
     assert_refused(folder, "train/grey has no images", ".jpg")
     shutil.rmtree(folder / "val")
     assert_refused(folder, "has train/ but none of val, valid, validation, test")
-    shutil.rmtree(folder / "train" / "light")
     shutil.rmtree(folder / "train" / "grey")
-    for path in list((folder / "train" / "dark").iterdir())[1:]:
-        path.unlink()
+    for class_name in ("dark", "light"):
+        for path in sorted((folder / "train" / class_name).iterdir())[1:]:
+            path.unlink()
     assert_refused(folder / "train", "too few images to split")
+    shutil.rmtree(folder / "train" / "light")
+    assert_refused(folder / "train", "two class folders or more")
 
 
 def test_hidden_files_and_folders_are_ignored(folder):

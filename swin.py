@@ -85,7 +85,7 @@ def window_mask(size, window_size, shift, device=None):
     col_region = torch.where(torch.arange(width, device=device) < shift[1], 1, 0)
     region = 1 + row_region[:, None] + col_region[None, :]  # (H, W), from 1 to 4
     region = window_partition(region[None, :, :, None], window_size, shift)[0]  # (windows, n, 1)
-    is_masked = (region != region.mT)[:, None]  # (windows, 1, n, n)
+    is_masked = (region != region.transpose(-2, -1))[:, None]  # (windows, 1, n, n)
     return torch.zeros(is_masked.shape, device=device).masked_fill(is_masked, float("-inf"))
 
 
@@ -154,7 +154,8 @@ class WindowAttention(nn.Module):
             labels = tl_align.attend_fused(labels, q, k, bias)  # labels: A @ Y
             x = x.unflatten(1, (windows, self.num_heads))
         else:
-            attn = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)  # (B, windows, h, n, n)
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias
+            attn = scores.softmax(-1)  # (B, windows, h, n, n)
             x = attn @ v  # tokens: A @ V
             labels = tl_align.attend(labels, attn)  # labels: A @ Y
         return self.proj(rearrange(x, "b w h n d -> b w n (h d)")), labels
@@ -426,18 +427,11 @@ def swin_small(**kwargs):
 
 def swin_base(**kwargs):
     """87.8 million parameters."""
-    return Swin(
-        **{"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), **kwargs}
-    )
+    base = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+    return Swin(**{**base, **kwargs})
 
 
 def swin_micro(**kwargs):
     """0.1 million parameters, small enough to train on a laptop's CPU."""
-    micro = {
-        "img_size": 32,
-        "patch_size": 2,
-        "embed_dim": 32,
-        "depths": (2, 2),
-        "num_heads": (1, 2),
-    }
-    return Swin(**{**micro, "window_size": 4, "init_std": None, **kwargs})
+    micro = {"img_size": 32, "patch_size": 2, "window_size": 4, "init_std": None}
+    return Swin(**{**micro, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), **kwargs})

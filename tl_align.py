@@ -128,10 +128,17 @@ def attend(labels, attn):
     A is averaged over the heads, and detached: labels only measure what the layer does.
 
     labels: (..., N, K) or None. attn: (..., heads, n, N), after the softmax. Returns (..., n, K).
+    Raises ValueError if its heads were averaged already, or folded into the batch.
     """
     if labels is None:
         return None
+    *batch, num_tokens, _ = labels.shape
+    if attn.dim() < 3 or [*attn.shape[:-3], attn.shape[-1]] != [*batch, num_tokens]:
+        expected = ", ".join(map(str, [*batch, "heads", "n", num_tokens]))
+        raise ValueError(f"attn must be ({expected}) for these labels, got {tuple(attn.shape)}")
     attn = attn.detach().mean(-3).to(labels.dtype)  # (..., n, N)
+    if labels.is_meta:  # has no autocast
+        return attn @ labels
     with torch.autocast(labels.device.type, enabled=False):  # keep the labels in float32
         return attn @ labels
 
@@ -141,13 +148,17 @@ def attend_fused(labels, q, k, bias=None):
 
     labels: (B, N, K), or (B, windows, N, K), or None. q: (B, windows * heads, n, head_dim).
     k: (B, windows * heads, N, head_dim). bias: added to the scores, broadcastable to
-    (B, windows * heads, n, N). Returns (B, n, K), or (B, windows, n, K).
+    (B, windows * heads, n, N). Returns (B, n, K), or (B, windows, n, K). Raises ValueError for
+    keys of another shape.
     """
     if labels is None:
         return None
     has_windows = labels.dim() == 4
     y = labels if has_windows else labels[:, None]  # (B, windows, N, K)
-    num_windows, num_sources = y.shape[1], y.shape[3]
+    batch, num_windows, num_tokens, num_sources = y.shape
+    if k.dim() != 4 or k.shape[0] != batch or k.shape[1] % num_windows or k.shape[2] != num_tokens:
+        expected = f"({batch}, heads, {num_tokens}, head_dim)"
+        raise ValueError(f"k must be {expected} for these labels, got {tuple(k.shape)}")
     num_heads = q.shape[1] // num_windows
     # The fused kernels require values as wide as the keys, and results can be wrong if heads
     # share memory (pytorch issue 191937): pad the labels with zeros and copy them for every head.
@@ -165,17 +176,22 @@ def attend_fused(labels, q, k, bias=None):
 def residual(labels, attended):
     """Y = (Y + A @ Y) / 2: the residual connection adds two tokens, so their labels are averaged.
 
-    labels, attended: (..., K), both of the same shape, or None. Returns the same shape.
+    labels, attended: (..., K), or None. Returns (..., K). Raises ValueError if shapes differ.
     """
     if labels is None:
         return None
+    if labels.shape != attended.shape:
+        raise ValueError(
+            f"labels must have shape {tuple(attended.shape)}, got {tuple(labels.shape)}"
+        )
     return (labels + attended) / 2
 
 
 def align(labels, attn):
     """`attend` and `residual` in one call, for the attention of another model.
 
-    labels: (..., N, K). attn: (..., heads, N, N), after the softmax. Returns (..., N, K).
+    labels: (..., N, K). attn: (..., heads, N, N), after the softmax. Returns (..., N, K). Raises
+    ValueError for an attention that was averaged over its heads, or of another shape.
     """
     return residual(labels, attend(labels, attn))
 

@@ -76,7 +76,8 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)  # tokens: A @ V, (B, h, N, d)
             labels = tl_align.attend_fused(labels, q, k)  # labels: A @ Y
         else:
-            attn = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B, h, N or 1, N)
+            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
+            attn = scores.softmax(-1)  # (B, h, N or 1, N)
             x = attn @ v  # tokens: A @ V
             labels = tl_align.attend(labels, attn)  # labels: A @ Y
         return self.proj(rearrange(x, "b h n d -> b n (h d)")), labels
@@ -274,12 +275,5 @@ def deit_base(**kwargs):
 
 def vit_micro(**kwargs):
     """0.2 million parameters, small enough to train on a laptop's CPU."""
-    micro = {
-        "img_size": 32,
-        "patch_size": 4,
-        "embed_dim": 64,
-        "depth": 4,
-        "num_heads": 2,
-        "init_std": None,
-    }
-    return ViT(**{**micro, **kwargs})
+    micro = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    return ViT(**{**micro, "init_std": None, **kwargs})

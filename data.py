@@ -14,6 +14,7 @@ on the device, or on whether the run was resumed.
 """
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import math
@@ -36,18 +37,8 @@ STD = (0.229, 0.224, 0.225)
 SMALL_SIZE = 64  # images of up to this side are kept in memory and augmented lightly
 MAX_BYTES_IN_MEMORY = 2**31
 VAL_BATCH_SIZE = 256
-JPEG_EXTENSIONS = (".jpg", ".jpeg", ".jfif")
-IMAGE_EXTENSIONS = (
-    *JPEG_EXTENSIONS,
-    ".png",
-    ".webp",
-    ".gif",
-    ".bmp",
-    ".tif",
-    ".tiff",
-    ".ppm",
-    ".pgm",
-)
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_EXTENSIONS += (".ppm", ".pgm")
 
 
 class UserError(Exception):
@@ -62,8 +53,7 @@ def generator(*name):
 
 
 def uniform(shape, *name):
-    """Uniform numbers in [0, 1) from `generator(*name)`, on the CPU, the same for every
-    device."""
+    """Uniform numbers in [0, 1), drawn on the CPU with `generator(*name)`."""
     return torch.rand(shape, generator=generator(*name))
 
 
@@ -96,6 +86,7 @@ class Datasets(NamedTuple):
     val: Dataset
     classes: list  # class names, in the order of their numbers
     hflip: bool = True  # whether a mirrored image still shows its class
+    digest: str = ""  # identifies the images, wherever they are; a run is resumed on the same ones
 
 
 def open_datasets(name, root="data", seed=0):
@@ -107,10 +98,13 @@ def open_datasets(name, root="data", seed=0):
     if name == "shapes":
         train = TensorDataset(*shapes(SHAPES_TRAIN, seed)[:2])
         val = TensorDataset(*shapes(SHAPES_VAL, "val")[:2])
-        return Datasets(train, val, SHAPES_CLASSES, hflip=False)
+        return Datasets(train, val, SHAPES_CLASSES, hflip=False, digest=f"shapes {seed}")
     if name in TORCHVISION_DATASETS:
         return open_torchvision(name, root)
-    return open_folder(name)
+    try:
+        return open_folder(name)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 SHAPES_TRAIN = 8_000  # images
@@ -193,7 +187,7 @@ def open_torchvision(name, root):
         raise UserError(f"torchvision cannot open or download {name} in {root}: {error}") from error
     # Older releases of torchvision do not name the classes of Flowers102.
     classes = getattr(train, "classes", range(102))
-    return Datasets(train, val, [str(c) for c in classes], hflip=name != "mnist")
+    return Datasets(train, val, [str(c) for c in classes], name != "mnist", digest=name)
 
 
 VAL_FOLDERS = ["val", "valid", "validation", "test"]
@@ -202,29 +196,32 @@ VAL_FOLDERS = ["val", "valid", "validation", "test"]
 def open_folder(root):
     """A folder with train/ and val/ (or another of VAL_FOLDERS), each with a folder of images per
     class; or a folder of class folders, of which about every tenth image is used for validation.
-    Hidden files and folders are ignored. Raises UserError if there are no such folders."""
+    With val/ alone there are no training images. Hidden files and folders are ignored. Raises
+    UserError if there are no such folders, OSError if one cannot be read."""
     if not os.path.isdir(root):
         known = ", ".join(["shapes", *TORCHVISION_DATASETS])
         raise UserError(f"--data {root!r} is no folder, and none of {known}")
-    train_root = os.path.join(root, "train")
-    val_roots = [os.path.join(root, name) for name in VAL_FOLDERS]
-    val_roots = [path for path in val_roots if os.path.isdir(path)]
-    if not find_classes(train_root):
-        if os.path.isdir(train_root) and val_roots:
-            raise UserError(f"{train_root} has no class folders: expected {train_root}/CLASS/")
+    folders = {name.lower(): os.path.join(root, name) for name in find_classes(root)}
+    train_root = folders.get("train", "")
+    val_root = next((folders[name] for name in VAL_FOLDERS if name in folders), "")
+    train_classes = find_classes(train_root)
+    val_classes = find_classes(val_root)
+    if not train_classes and not val_classes and not (train_root and val_root):
         return split_folder(root)
-    if not val_roots:
+    if train_root and not train_classes:
+        raise UserError(f"{train_root} has no class folders: expected {train_root}/CLASS/")
+    if not val_root:
         raise UserError(f"{root} has train/ but none of {', '.join(VAL_FOLDERS)}")
-    classes = find_classes(train_root)
-    unmatched = sorted(set(classes) ^ set(find_classes(val_roots[0])))
-    if unmatched:
+    unmatched = sorted(set(train_classes) ^ set(val_classes))
+    if train_root and unmatched:
         raise UserError(
-            f"{train_root} and {val_roots[0]} must have the same classes: "
+            f"{train_root} and {val_root} must have the same classes: "
             f"{', '.join(unmatched)} is in only one of them"
         )
-    train = find_images(train_root, classes)
-    val = find_images(val_roots[0], classes)
-    return Datasets(ImageFiles(train), ImageFiles(val), classes)
+    train = find_images(train_root, train_classes)
+    val = find_images(val_root, val_classes)
+    digest = files_digest(train_root, train) + files_digest(val_root, val)
+    return Datasets(ImageFiles(train), ImageFiles(val), val_classes, digest=digest)
 
 
 def split_folder(root):
@@ -241,7 +238,8 @@ def split_folder(root):
     if not train or not val:
         raise UserError(f"{root} has too few images to split them into train/ and val/")
     print0(f"{root} has no train/ and val/: {len(val)} images, by their names, are for validation")
-    return Datasets(ImageFiles(train), ImageFiles(val), classes)
+    digest = files_digest(root, train) + files_digest(root, val)
+    return Datasets(ImageFiles(train), ImageFiles(val), classes, digest=digest)
 
 
 def find_classes(root):
@@ -257,7 +255,7 @@ def find_images(root, classes):
     for target, class_name in enumerate(classes):
         class_root = os.path.join(root, class_name)
         num_before = len(samples)
-        for folder, subfolders, files in os.walk(class_root, followlinks=True):
+        for folder, subfolders, files in os.walk(class_root, onerror=fail, followlinks=True):
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for file in sorted(files):
                 if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith("."):
@@ -265,6 +263,22 @@ def find_images(root, classes):
         if len(samples) == num_before:
             raise UserError(f"{class_root} has no images ({', '.join(IMAGE_EXTENSIONS)})")
     return samples
+
+
+def fail(error):
+    raise error
+
+
+def files_digest(root, samples):
+    """A digest of the files' names, relative to root, and of their sizes; of a large dataset only
+    some ten thousand sizes are read."""
+    digest = hashlib.blake2b(digest_size=8)
+    step = len(samples) // 10_000 + 1
+    for i, (path, _) in enumerate(samples):
+        digest.update(os.fsencode(path[len(root) :].strip("/")) + b"\n")
+        if i % step == 0:
+            digest.update(b"%d\n" % os.path.getsize(path))
+    return digest.hexdigest()
 
 
 class ImageFiles(Dataset):
@@ -293,7 +307,7 @@ def decode(path):
     try:
         content = np.fromfile(path, np.uint8)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     is_jpeg = content[:2].tobytes() == b"\xff\xd8"  # whatever the file's name
     if is_jpeg and decode_jpeg is not None:
         try:
@@ -304,11 +318,16 @@ def decode(path):
     try:
         image = Image.open(path)
         image.load()
-        image = ImageOps.exif_transpose(image)
+        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
+            raise ValueError(f"mode {image.mode}, 32 bits per pixel, has no fixed range")
     except Exception as error:  # the exceptions of Pillow's decoders have no common class
-        raise UserError(f"{path} cannot be decoded: {error}") from error
+        raise UserError(f"cannot decode {path}: {error}") from error
+    with contextlib.suppress(Exception):  # a damaged EXIF block beside good pixels
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, of which Pillow's conversion keeps the lower ones
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if "transparency" in image.info:  # Pillow warns of a palette's transparency
+        image = image.convert("RGBA")
     return TF.pil_to_tensor(image.convert("RGB"))
 
 
@@ -345,8 +364,7 @@ def random_resized_crop(image, size, rng_name):
 
 
 def resized_crop(image, top, left, height, width, size):
-    """Crop a box, given in pixels, and resize it to (3, size, size), bicubic with
-    antialiasing."""
+    """Crop a box, in pixels, and resize it to (3, size, size), bicubic with antialiasing."""
     # Resizing takes half the time if channels come last in memory, as the decoder leaves them.
     box = image[None, :, top : top + height, left : left + width]
     box = box.contiguous(memory_format=torch.channels_last)
@@ -536,9 +554,8 @@ def fits_in_memory(dataset, img_size):
 
 
 def make_val_loader(dataset, args, rank=0, world_size=1):
-    """Batches of evaluation crops for `batches_on_device`: every world_size-th image, from the
-    rank-th on, so that the processes together evaluate every image once. Small images are
-    kept."""
+    """Batches of evaluation crops for `batches_on_device`: every world_size-th image from the
+    rank-th on, so that each image is evaluated by one process. Small images are kept."""
     crops = Subset(ValCrops(dataset, args.img_size), range(rank, len(dataset), world_size))
     loader = make_data_loader(crops, args, VAL_BATCH_SIZE)
     return list(loader) if fits_in_memory(dataset, args.img_size) else loader

@@ -15,9 +15,11 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import math
 import os
+import pickle
 import re
 import signal
 import sys
@@ -25,6 +27,7 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -96,17 +99,9 @@ SMALL_MICRO = {"lr": 3e-3}
 # The generated images, learned in a minute.
 SHAPES = {"epochs": 2, "batch_size": 64, "mix_prob": 1.0}
 
-# The rate of stochastic depth, as DeiT and Swin set it.
-DROP_PATH = {
-    "vit_micro": 0.0,
-    "deit_tiny": 0.1,
-    "deit_small": 0.1,
-    "deit_base": 0.1,
-    "swin_micro": 0.0,
-    "swin_tiny": 0.2,
-    "swin_small": 0.3,
-    "swin_base": 0.5,
-}
+# The rate of stochastic depth of Swin (Liu et al. 2021); DeiT's models all have 0.1.
+DROP_PATH = {"swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.5}
+DROP_PATH.update({"vit_micro": 0.0, "swin_micro": 0.0})
 
 
 def choose_recipe(args, is_imagenet):
@@ -145,7 +140,7 @@ def fill_defaults(args, image_size, num_images, hflip=True):
     recipe["warmup_epochs"] = min(recipe["warmup_epochs"], args.epochs / 10)
     for name, value in recipe.items():
         set_default(args, name, value)
-    set_default(args, "drop_path", DROP_PATH[args.model])
+    set_default(args, "drop_path", DROP_PATH.get(args.model, 0.1))
     set_default(args, "hflip", hflip)
     set_default(args, "micro_batch", 32 if is_large and not cuda else 0)
     set_default(args, "workers", min(NUM_CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
@@ -243,16 +238,15 @@ def make_parser():
     add("--save-minutes", type=number(float, 0), default=15.0, help="between checkpoints [15]")
     add("--log-interval", type=number(int, 1), help="steps between two log lines")
     add("--out", help="folder of the run")
-    add("--resume", action=switch, default=True, help="continue the run in --out [yes]")
+    add("--resume", action=switch, help="continue in --out even with other settings; or start anew")
     add("--finetune", metavar="FILE", help="checkpoint to start from")
     add("--eval", metavar="FILE", help="checkpoint to evaluate, with its own settings as defaults")
     return parser
 
 
 def parse_args(argv=None):
-    """The command line as a namespace; settings that it does not give are None, see
-    `fill_defaults`.
-    Raises UserError."""
+    """The command line as a namespace. Settings that it does not give are None until
+    `fill_defaults`. Raises UserError."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.eval:
@@ -364,13 +358,30 @@ class StopRequest:
 FORMAT = "tl-align-1"  # marks the checkpoints of this script
 
 
+# What `torch.load` may create besides tensors: DeiT's settings, and the numpy numbers of other
+# people's logs, whose function has the first name in files that were written by numpy 1.
+SCALAR = np.float64(0).__reduce__()[0]
+SAFE_GLOBALS = [argparse.Namespace, np.dtype, (SCALAR, "numpy.core.multiarray.scalar")]
+SAFE_GLOBALS += [(SCALAR, "numpy._core.multiarray.scalar")]
+SAFE_GLOBALS += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
+
+
 def load_checkpoint(path):
     """A checkpoint of this script, DeiT, timm or Microsoft as a dict whose "model" is the state
     dict with the official names. No code in the file is executed. Raises UserError."""
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # in DeiT's checkpoints
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can make the unpickler raise anything
+        if str(path).endswith(".safetensors"):
+            from safetensors.torch import load_file
+
+            checkpoint = load_file(path)
+        else:
+            with torch.serialization.safe_globals(SAFE_GLOBALS):
+                checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise UserError(f"{path} needs another package: pip install safetensors") from error
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path} was refused by torch.load(weights_only=True): {error}") from error
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(f"{path} cannot be loaded: {type(error).__name__}: {error}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"{path} is no checkpoint: it holds a {type(checkpoint).__name__}")
@@ -394,7 +405,8 @@ def load_weights(model, path, classes, new_head=False):
     """Load a checkpoint, its averaged weights if there are any, into a model.
 
     classes: the names of the model's classes. new_head: keep the model's own head if the
-    checkpoint has one for other classes, or none. Raises UserError if anything else differs.
+    checkpoint has one for other classes, or none, and ignore what the model lacks, such as a
+    decoder. Raises UserError if anything else differs.
     """
     checkpoint = load_checkpoint(path)
     is_ours = checkpoint.get("format") == FORMAT
@@ -410,6 +422,10 @@ def load_weights(model, path, classes, new_head=False):
         state["head.bias"] = own_state["head.bias"]
     elif head is not None and not head_fits:
         raise UserError(f"{path} was trained on other classes, or on classes in another order")
+    unused = sorted({name.split(".")[0] for name in state.keys() - own_state.keys()})
+    if new_head and unused:
+        print0(f"{path}: ignored, because {', '.join(unused)} is not in the model")
+        state = {name: tensor for name, tensor in state.items() if name in own_state}
     for name in sorted(own_state.keys() | state.keys()):
         here = tuple(own_state[name].shape) if name in own_state else "missing"
         there = tuple(state[name].shape) if name in state else "missing"
@@ -418,42 +434,63 @@ def load_weights(model, path, classes, new_head=False):
     model.load_state_dict(state)
 
 
-# A run that is resumed may change these.
+# A run that is resumed may change these,
 RESUMABLE_ARGS = ["data", "root", "out", "resume", "eval"]  # where things are
 RESUMABLE_ARGS += ["device", "workers", "micro_batch", "compile"]  # how the same is computed
 RESUMABLE_ARGS += ["log_interval", "save_minutes"]
+# and never these. The others take an explicit --resume.
+MODEL_ARGS = ["model", "img_size", "patch_size"]
 
 
 def run_identity(args, datasets):
     """The part of a checkpoint that tells which run it belongs to."""
     num_images = [len(datasets.train), len(datasets.val)]
-    return {"args": vars(args), "classes": datasets.classes, "num_images": num_images}
+    identity = {"args": vars(args), "classes": datasets.classes, "num_images": num_images}
+    return {**identity, "images": datasets.digest}
 
 
 def find_checkpoint(args, datasets):
     """The last checkpoint in --out, or None. Raises UserError if it is of another run."""
-    path = Path(args.out, "last.pt")
-    if not args.resume:
+    if args.resume is False:
         return None
+    path = Path(args.out, "last.pt")
+    best = path.with_name("best.pt")
     if not path.exists():
-        if Path(args.out, "best.pt").exists():
+        if best.exists():
             raise UserError(f"{args.out} has a best.pt but no last.pt: give another --out")
         return None
-    checkpoint = load_checkpoint(path)
+    try:
+        checkpoint = load_checkpoint(path)
+    except UserError as error:
+        copy_best = f"copy {best} over it to go on from there, or " if best.exists() else ""
+        raise UserError(f"{error}; {copy_best}give --no-resume to start anew") from error
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train.py: give another --out")
+    check_same_run(args, datasets, checkpoint)
+    return checkpoint
+
+
+def check_same_run(args, datasets, checkpoint):
+    """Raises UserError if the checkpoint is of another model or other images, or of other settings
+    and there is no --resume on the command line."""
     identity = run_identity(args, datasets)
-    changed = [key for key in ("classes", "num_images") if checkpoint[key] != identity[key]]
+    data_keys = ("classes", "num_images", "images")
+    refused = [f"other {key}" for key in data_keys if checkpoint.get(key) != identity[key]]
+    changed = []
     for name, value in identity["args"].items():
         saved = checkpoint["args"].get(name)
         if name not in RESUMABLE_ARGS and saved != value:
-            changed.append(f"--{name.replace('_', '-')} {saved} (now {value})")
-    if changed:
+            change = f"--{name.replace('_', '-')} {saved} (now {value})"
+            (refused if name in MODEL_ARGS else changed).append(change)
+    if refused or (changed and not args.resume):
+        differences = ", ".join(refused + changed)
+        way_on = "" if refused else "--resume to continue it with the settings as they are now, "
         raise UserError(
-            f"{args.out} holds a run with other settings or data: {', '.join(changed)}; "
-            "give another --out, or --no-resume to replace it"
+            f"{args.out} holds a run with other settings or data: {differences}; give {way_on}"
+            "another --out, or --no-resume to replace it"
         )
-    return checkpoint
+    if changed:
+        print0(f"{args.out} is continued with other settings: {', '.join(changed)}")
 
 
 def write_text(path, text):
@@ -576,8 +613,7 @@ class Trainer:
     """A model, its optimizer, and the step that trains it.
 
     raw_model has the official parameter names, which DDP and compile prefix; model is what a step
-    calls; ema_model has the averaged weights, or is None. loss: a function like
-    `mixed_loss`.
+    calls; ema_model has the averaged weights, or is None. loss: a function like `mixed_loss`.
     """
 
     def __init__(self, args, model, loss=mixed_loss):
@@ -592,11 +628,8 @@ class Trainer:
         self.ema_model = None
         if args.ema_decay:
             self.ema_model = copy.deepcopy(self.raw_model).requires_grad_(False)
+        self.eval_model = self.raw_model if self.ema_model is None else self.ema_model
         self.share = data.process_share(args.batch_size, get_rank(), get_world_size())
-
-    @property
-    def eval_model(self):
-        return self.raw_model if self.ema_model is None else self.ema_model
 
     def train_step(self, images, targets, step, lr):
         """One optimizer step on this process's share of a batch, uint8 (b, 3, S, S) and (b,).
@@ -617,6 +650,7 @@ class Trainer:
         total_loss = torch.zeros((), device=args.device)
         micro_batch = args.micro_batch or len(images)
         use_full = args.augment == "full"
+        is_alone = get_world_size() == 1
         for start in range(0, len(images), micro_batch):
             part = slice(start, start + micro_batch)
             batch = data.augment(images[part], augment_rand[part], args.hflip, use_full)
@@ -624,7 +658,8 @@ class Trainer:
             if args.mix != "none":
                 size = batch.shape[-2:]
                 mask = make_mask(mix_rand[part], is_mixup[part], size, args.patch_size)
-            with self.sync_context(is_last=start + micro_batch >= len(images)):
+            is_last = start + micro_batch >= len(images)  # after it gradients are averaged
+            with contextlib.nullcontext() if is_last or is_alone else self.ddp_model.no_sync():
                 with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
                     loss = self.loss(
                         self.model, batch, targets[part], mask, drop_path_rand[part], args
@@ -632,7 +667,7 @@ class Trainer:
                 loss = loss * len(batch) / args.batch_size  # its part of the mean over the batch
                 (loss * get_world_size()).backward()  # the processes' gradients are averaged
             total_loss += loss.detach()
-        if get_world_size() > 1:
+        if not is_alone:
             dist.all_reduce(total_loss)
 
         if args.clip_grad:
@@ -641,12 +676,6 @@ class Trainer:
         self.optimizer.zero_grad()
         self.update_ema(step)
         return total_loss
-
-    def sync_context(self, is_last):
-        """Gradients are averaged over the processes in the last micro-batch only."""
-        if get_world_size() == 1 or is_last:
-            return contextlib.nullcontext()
-        return self.ddp_model.no_sync()
 
     def update_ema(self, step):
         if self.ema_model is not None:
@@ -659,6 +688,8 @@ class Trainer:
         is written leaves the old one whole."""
         if get_rank() != 0:
             return
+        if not all(parameter.isfinite().all() for parameter in self.raw_model.parameters()):
+            raise UserError(f"the weights are not finite after step {progress.step}: {LOWER_LR}")
         checkpoint = {
             "format": FORMAT,
             "model": self.raw_model.state_dict(),
@@ -672,17 +703,23 @@ class Trainer:
         os.replace(temporary, path)
 
     def load(self, checkpoint):
-        """Continue from a checkpoint of this script. Returns its progress."""
+        """Continue from a checkpoint of this script. Returns its progress. With other settings
+        than before, averaging may start here, and a changed batch size starts the epoch again."""
         self.raw_model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
         if self.ema_model is not None:
-            self.ema_model.load_state_dict(checkpoint["ema"])
-        return Progress(**checkpoint["progress"])
+            self.ema_model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
+        progress = Progress(**checkpoint["progress"])
+        if checkpoint["args"]["batch_size"] != self.args.batch_size:
+            steps_per_epoch = checkpoint["num_images"][0] // self.args.batch_size
+            step = len(progress.history) * steps_per_epoch
+            progress = Progress(step, progress.best_top1, progress.history)
+        return progress
 
 
 def train_one_epoch(trainer, loader, progress, stop, save):
-    """The rest of an epoch. Logs every --log-interval steps and calls save() every
-    --save-minutes.
+    """The rest of an epoch. Logs every --log-interval steps and calls save() every --save-minutes.
     Returns after the current step if any process was asked to stop."""
     args = trainer.args
     steps_per_epoch = len(loader)
@@ -734,11 +771,14 @@ def log_line(step, losses, seconds, waited, args, steps_per_epoch):
     )
 
 
+LOWER_LR = "--resume with a lower --lr, or with --clip-grad 1, goes on from the last checkpoint"
+
+
 def check_losses(losses, step):
     """Raises UserError for a loss that is not finite. step: after the last of the losses."""
     for i, loss in enumerate(losses, start=step - len(losses)):
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {i}: try a lower --lr, or --clip-grad 1")
+            raise UserError(f"the loss is {loss} at step {i}: {LOWER_LR}")
 
 
 @torch.no_grad()
@@ -772,10 +812,10 @@ def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
         progress = trainer.load(checkpoint)
         print0(f"{out}: resuming after step {progress.step}")
     check_same_step(progress.step, out)
-    if len(progress.history) == args.epochs:
+    if len(progress.history) >= args.epochs:
         print0(f"{out} is finished: best top-1 {progress.best_top1:.2f} %")
         return
-    prepare_folder(out, args, is_new=checkpoint is None)
+    lock = prepare_folder(out, args, is_new=checkpoint is None)
     loader = data.make_train_loader(datasets.train, args, trainer.share)
     val_loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -804,6 +844,7 @@ def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
             if is_best:
                 trainer.save(out / "best.pt", progress, identity)
             save_last()
+    lock.close()
     print0(f"finished: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %; see {out}")
     print0(f"to draw the aligned labels: python experiments/picture.py {out}/best.pt")
 
@@ -836,17 +877,25 @@ def check_same_step(step, out):
 
 
 def prepare_folder(out, args, is_new):
-    """Create the folder of a run, without files of an older one. Raises UserError."""
-    if get_rank() != 0:
-        return
+    """Create the folder of a run, or remove what an older one wrote there. The folder is locked
+    until the file that is returned is closed, or the process ends. Raises UserError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if is_new:
-            for name in ("last.pt", "best.pt", "metrics.jsonl"):
-                (out / name).unlink(missing_ok=True)
-        write_text(out / "config.json", json.dumps(vars(args), indent=2))
+        lock = open(out / "lock", "w")
+        if get_rank() == 0:
+            try:
+                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"another run is at work in --out {out}: give another") from error
+            except OSError:  # a file system without locks
+                pass
+            if is_new:
+                for name in ("last.pt", "best.pt", "metrics.jsonl"):
+                    (out / name).unlink(missing_ok=True)
+            write_text(out / "config.json", json.dumps(vars(args), indent=2))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
+    return lock
 
 
 def main(argv=None):
@@ -855,6 +904,8 @@ def main(argv=None):
         run(argv)
     except UserError as error:
         message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun ends this process if the first one has the same error
         print("error:", " ".join(message.split()), file=sys.stderr)
         sys.exit(2)
     if dist.is_initialized():
@@ -867,7 +918,9 @@ def run(argv):
     init_distributed(args, argv)
     with first_process_first():
         datasets = data.open_datasets(args.data, args.root, args.seed)
-        image_size = data.median_size(datasets.train)
+        if not args.eval and len(datasets.train) == 0:
+            raise UserError(f"{args.data} has no train/, only images to evaluate on")
+        image_size = data.median_size(datasets.val if args.eval else datasets.train)
         fill_defaults(args, image_size, len(datasets.train), datasets.hflip)
         if not args.eval:
             check_args(args, len(datasets.train))

@@ -440,7 +440,7 @@ def test_file_that_is_no_image_is_named(folder, part, workers):
         for img_size in (32, 96):
             dataset = datasets.train if part == "train" else datasets.val
             report = read_all(part, dataset, workers, img_size)
-            assert f"UserError: {path} cannot be decoded: " in report and reason in report
+            assert f"UserError: cannot decode {path}: " in report and reason in report
 
 
 # --- Augmentation.
@@ -520,6 +520,75 @@ def test_flat_train_and_val_folders_are_not_taken_for_classes(folder):
         data.open_datasets(str(folder))
 
 
+def test_digest_is_of_relative_names_and_sizes(folder, tmp_path):
+    digest = data.open_datasets(str(folder)).digest
+    moved = folder.rename(tmp_path / "moved")
+    for root in (f"{moved}", f"{moved}/", os.path.relpath(moved)):
+        assert data.open_datasets(root).digest == digest
+    halves = data.open_datasets(f"{moved}/train").digest  # a folder of class folders
+    assert halves == data.open_datasets(f"{moved}/train/").digest != digest
+    path = moved / "val" / "dark" / "00.jpg"
+    path.write_bytes(path.read_bytes() + b"x")
+    assert data.open_datasets(str(moved)).digest != digest
+    digests = {data.open_datasets("shapes", seed=seed).digest for seed in (0, 1)}
+    assert len(digests) == 2
+
+
+def test_train_and_val_may_be_in_capitals(folder):
+    for name in ("train", "val"):
+        (folder / name).rename(folder / name.title())
+    datasets = data.open_datasets(str(folder))
+    assert datasets.classes == ["dark", "light"] and len(datasets.train) == 24
+
+
+def test_folder_with_validation_images_only_is_opened_for_evaluation(folder):
+    shutil.rmtree(folder / "train")
+    datasets = data.open_datasets(str(folder))
+    assert len(datasets.train) == 0 and len(datasets.val) == 24
+    assert datasets.classes == ["dark", "light"]
+
+
+def test_folder_that_cannot_be_read_is_one_line(folder, monkeypatch):
+    (folder / "train" / "dark" / "link.jpg").symlink_to("/nowhere/x.jpg")
+    with pytest.raises(data.UserError, match="cannot read .*link.jpg: No such file"):
+        data.open_datasets(str(folder))
+    scandir = os.scandir
+
+    def refuse(path):  # as for a user without permission
+        if str(path).endswith("light"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(data.UserError, match="cannot read .*light: Permission denied"):
+        data.open_datasets(str(folder))
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "jpg"])
+def test_damaged_exif_leaves_the_pixels_good(tmp_path, extension):
+    image = TF.to_pil_image(torch.full((3, 20, 30), 90, dtype=torch.uint8))
+    blocks = [b"Exif\0\0\0\x08\0\x02\x01\x12\0\x03", b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01"]
+    for i, block in enumerate(blocks):
+        path = tmp_path / f"{i}.{extension}"
+        image.save(path, exif=block)
+        assert (data.decode(path).float() - 90).abs().max() < 3
+
+
+def test_pixels_of_32_bits_are_refused(tmp_path):
+    for i, pixels in enumerate([np.ones((4, 5), np.float32), np.full((4, 5), 2**30, np.int32)]):
+        path = tmp_path / f"{i}.tif"
+        Image.fromarray(pixels).save(path)
+        with pytest.raises(data.UserError, match=f"cannot decode .*{i}.tif: mode ., 32 bits"):
+            data.decode(path)
+
+
+@pytest.mark.filterwarnings("error")
+def test_palette_with_transparency_keeps_its_colors(tmp_path):
+    image = TF.to_pil_image(torch.full((3, 4, 5), 90, dtype=torch.uint8)).quantize(4)
+    image.save(tmp_path / "x.png", transparency=bytes([0, 128, 255]))
+    assert (data.decode(tmp_path / "x.png") == 90).all()
+
+
 def test_missing_image_is_one_line(tmp_path):
-    with pytest.raises(data.UserError, match="gone.jpg cannot be read: No such file"):
+    with pytest.raises(data.UserError, match="cannot read .*gone.jpg: No such file"):
         data.decode(tmp_path / "gone.jpg")

@@ -129,7 +129,17 @@ def test_error_of_one_process_ends_all(folder, start):
     (folder / "train" / "dark" / "01.jpg").write_text("text")
     run = start(2, "--data", folder, *RUN, "--img-size", 80, "--workers", 0)
     assert run.wait(timeout=120) != 0  # left alone, the other process would wait for half an hour
-    assert len(re.findall("^error: .*dark/01.jpg cannot", read_log(run), re.MULTILINE)) == 1
+    assert len(re.findall("^error: cannot decode .*dark/01.jpg", read_log(run), re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("error", ["image", "flag"])
+def test_error_of_all_processes_is_reported_once(folder, start, error):
+    if error == "image":  # which every process decodes
+        (folder / "train" / "dark" / "01.jpg").write_text("text")
+    flags = ("--epoch", 3) if error == "flag" else ()
+    run = start(2, "--data", folder, *RUN, "--workers", 0, *flags)
+    assert run.wait(timeout=120) != 0
+    assert len(re.findall("^error: ", read_log(run), re.MULTILINE)) == 1, read_log(run)
 
 
 # --- Runs that are stopped.

@@ -3,10 +3,17 @@ line."""
 
 import argparse
 import json
+import pickle
 import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from helpers import TINY, assert_one_line, assert_same_weights, make_args, read_weights
@@ -16,7 +23,6 @@ import tl_align
 import train as script
 import vit
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
 IMAGENET = {"image_size": 375, "num_images": 1_281_167}
 
 
@@ -46,7 +52,7 @@ def test_run_writes_checkpoints_metrics_and_settings(train, folder, tmp_path, fl
     assert done.status == 0, done.err
     run = tmp_path / "run"
     files = read_files(run)
-    assert set(files) == {"last.pt", "best.pt", "metrics.jsonl", "config.json"}
+    assert set(files) == {"last.pt", "best.pt", "metrics.jsonl", "config.json", "lock"}
     assert done.out.splitlines()[-1].endswith("python experiments/picture.py run/best.pt")
     lines = [json.loads(line) for line in files["metrics.jsonl"].splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2] and lines[-1]["step"] == 6
@@ -66,7 +72,7 @@ def test_other_settings_are_refused_and_overwrite_nothing(train, folder, tmp_pat
     assert train(*args).status == 0
     files = read_files(tmp_path / "run")
     other = train(*args, "--lr", 0.1, "--mix", "mixup", "--workers", 1)
-    words = ["--lr 0.003 (now 0.1)", "--mix cutmix (now mixup)", "--no-resume"]
+    words = ["--lr 0.003 (now 0.1)", "--mix cutmix (now mixup)", "--resume", "--no-resume"]
     assert_one_line(other, "run holds ", *words)
     assert "workers" not in other.err  # which may change
     foreign = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
@@ -76,6 +82,82 @@ def test_other_settings_are_refused_and_overwrite_nothing(train, folder, tmp_pat
     refused = train(*args, "--out", "foreign")
     assert_one_line(refused, "foreign/last.pt ", "this version of train.py", "--out")
     assert read_files(tmp_path / "run") == files and len(read_files(tmp_path / "foreign")) == 1
+
+
+def test_explicit_resume_continues_with_other_settings(train, folder, tmp_path):
+    args = ("--data", folder, *TINY, "--out", "run")
+    assert train(*args, "--weight-decay", 0.05).status == 0
+    longer = (*args, "--epochs", 4, "--lr", 1e-9, "--weight-decay", 0, "--ema-decay", 0.9)
+    before = read_weights(tmp_path / "run")
+    done = train(*longer, "--resume")
+    assert done.status == 0, done.err
+    assert "run is continued with other settings: --epochs 2 (now 4), --lr 0.003 (now" in done.out
+    assert "--weight-decay 0.05 (now 0.0), --ema-decay 0.0 (now 0.9)" in done.out
+    assert "resuming after step 6" in done.out and "epoch 4/4" in done.out
+    checkpoint = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0, 0]
+    for name, tensor in before.items():  # with such a rate nothing changes
+        torch.testing.assert_close(checkpoint["model"][name], tensor, atol=1e-6, rtol=0)
+        torch.testing.assert_close(checkpoint["ema"][name], tensor, atol=1e-6, rtol=0)
+    again = train(*longer)  # these are its settings now
+    assert again.status == 0 and "run is finished" in again.out
+    shorter = train(*longer, "--epochs", 3, "--resume")
+    assert shorter.status == 0 and "run is finished" in shorter.out
+    refused = train(*longer, "--patch-size", 8, "--resume")
+    assert_one_line(refused, "--patch-size 4 (now 8)", "--no-resume")
+    assert train(*args, "--out", "new", "--resume").status == 0  # where there is nothing yet
+
+
+def test_run_that_continues_with_another_batch_size_starts_its_epoch_again(
+    train, folder, tmp_path, monkeypatch
+):
+    args = ("--data", folder, *TINY, "--out", "run", "--log-interval", 1)
+    train_step = script.Trainer.train_step
+    steps = []
+
+    def interrupt(trainer, images, targets, step, lr):
+        steps.append((step, len(images)))
+        if len(steps) == 6:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(trainer, images, targets, step, lr)
+
+    monkeypatch.setattr(script.Trainer, "train_step", interrupt)
+    assert train(*args, "--epochs", 3).status == 128 + signal.SIGTERM
+    assert steps == [(step, 8) for step in range(6)]  # the second epoch is not validated yet
+    done = train(*args, "--epochs", 3, "--batch-size", 4, "--resume")
+    assert done.status == 0 and "--batch-size 8 (now 4)" in done.out
+    assert steps[6:] == [(step, 4) for step in range(6, 18)]  # epochs of six steps
+
+
+def test_run_is_resumed_on_the_same_images_only(train, folder, tmp_path):
+    args = ("--data", folder, *TINY, "--out", "run")
+    assert train(*args).status == 0
+    files = read_files(tmp_path / "run")
+    path = folder / "train" / "dark" / "03.jpg"
+    content = path.read_bytes()
+    path.write_bytes(content + b"more")
+    for flags in ((), ("--resume",)):
+        assert_one_line(train(*args, *flags), "run holds a run with other", "other images")
+    path.write_bytes(content)
+    path.rename(path.with_name("12.jpg"))
+    assert_one_line(train(*args), "other images")
+    path.with_name("12.jpg").rename(path)
+    assert read_files(tmp_path / "run") == files and "is finished" in train(*args).out
+
+
+def test_two_runs_do_not_train_in_one_folder(train, start, folder, tmp_path):
+    args = ("--data", folder, *TINY, "--out", "run", "--workers", 1)
+    first = start(1, *args, "--epochs", 1000)
+    for _ in range(600):
+        if (tmp_path / "run" / "last.pt").exists():
+            break
+        time.sleep(0.1)
+    for flags in (("--no-resume",), ("--resume",)):
+        assert_one_line(train(*args, *flags), "another run is at work in --out run")
+    first.kill()  # its worker may live a little longer
+    first.wait()
+    done = train(*args, "--no-resume")
+    assert done.status == 0, done.err
 
 
 def test_a_dataset_is_recognized_by_its_classes_and_not_by_its_path(train, folder, tmp_path):
@@ -111,7 +193,7 @@ def test_no_resume_leaves_nothing_of_the_run_before(train, folder, tmp_path, mon
         with pytest.raises(KeyboardInterrupt):
             train(*args, "--seed", 1, "--no-resume")
     files = read_files(tmp_path / "run")
-    assert set(files) == {"config.json"} and json.loads(files["config.json"])["seed"] == 1
+    assert set(files) == {"config.json", "lock"} and json.loads(files["config.json"])["seed"] == 1
     done = train(*args, "--seed", 1)
     assert done.status == 0 and "epoch 1/2" in done.out
 
@@ -119,10 +201,31 @@ def test_no_resume_leaves_nothing_of_the_run_before(train, folder, tmp_path, mon
 def test_infinite_loss_ends_the_run_at_its_step(train, folder, tmp_path):
     args = ("--data", folder, *TINY, "--out", "run", "--warmup-epochs", 1, "--lr", 1e12)
     done = train(*args, "--log-interval", 1)
-    assert_one_line(done, "the loss is", "at step", "--lr")
+    assert_one_line(done, "the loss is", "at step", "--resume with a lower --lr")
     step = int(re.search(r"at step (\d)", done.err)[1])
     assert f"step {step}/6" in done.out and f"step {step + 1}/6" not in done.out
-    assert set(read_files(tmp_path / "run")) == {"config.json"}
+    assert set(read_files(tmp_path / "run")) == {"config.json", "lock"}
+    again = train(*args[:-4], "--resume")
+    assert again.status == 0, again.err
+
+
+def test_weights_that_are_not_finite_are_not_saved(train, folder, tmp_path, monkeypatch):
+    args = ("--data", folder, *TINY, "--out", "run")
+    assert train(*args, "--epochs", 1).status == 0
+    files = read_files(tmp_path / "run")
+    train_step = script.Trainer.train_step
+
+    def overflow(trainer, *args):
+        loss = train_step(trainer, *args)
+        trainer.raw_model.head.bias.data.fill_(torch.inf)  # as the last step of an epoch may
+        return loss
+
+    monkeypatch.setattr(script.Trainer, "train_step", overflow)
+    monkeypatch.setattr(script, "check_losses", lambda losses, step: None)
+    done = train(*args, "--resume")
+    assert_one_line(done, "the weights are not finite after step 6", "--resume with a lower --lr")
+    for name in ("last.pt", "best.pt", "metrics.jsonl"):
+        assert read_files(tmp_path / "run")[name] == files[name]
 
 
 @pytest.fixture
@@ -237,6 +340,89 @@ def test_encoder_without_a_head_is_finetuned_but_not_evaluated(train, folder, tm
     assert_one_line(evaluated, "head.bias is missing", "expected (2,)")
 
 
+@pytest.mark.parametrize(
+    "container, extra",
+    [
+        ({}, ["decoder_blocks.0.mlp.fc1.weight", "decoder_embed.bias", "mask_token"]),  # MAE
+        ({"epoch": 1}, ["head.mlp.0.weight", "head.last_layer.weight_g"]),  # DINO
+    ],
+    ids=["MAE", "DINO"],
+)
+def test_finetuning_ignores_what_the_model_lacks_and_says_so(
+    train, folder, tmp_path, container, extra
+):
+    state = vit.vit_micro(num_classes=2).state_dict()
+    encoder = {name: state[name] for name in state if not name.startswith("head")}
+    more = {name: torch.zeros(2) for name in extra}
+    key = "teacher" if container else "model"
+    torch.save({**container, key: {**encoder, **more}}, tmp_path / "whole.pth")
+    args = ("--data", folder, *TINY, "--lr", 1e-9)
+    done = train(*args, "--out", "run", "--finetune", "whole.pth")
+    assert done.status == 0, done.err
+    assert "whole.pth has no head for these 2 classes: a new one is trained" in done.out
+    for name in {name.split(".")[0] for name in extra}:
+        assert re.search(rf"whole.pth: ignored, .*\b{name}\b.* not in the model", done.out)
+    weights = read_weights(tmp_path / "run")
+    torch.testing.assert_close(weights["norm.weight"], encoder["norm.weight"])
+    assert_one_line(train(*args, "--eval", "whole.pth"), "whole.pth is of another model")
+
+
+def test_numpy_numbers_in_a_checkpoint_are_read(tmp_path):
+    state = vit.vit_micro(num_classes=2).state_dict()
+    numbers = [np.float64(0.5), np.float32(0.5), np.int64(3), np.bool_(True)]
+    torch.save({"model": state, "log": numbers}, tmp_path / "new.pth")
+    assert script.load_checkpoint(tmp_path / "new.pth")["log"] == numbers
+    # As numpy 1 wrote it: another name for the same function.
+    with (
+        zipfile.ZipFile(tmp_path / "new.pth") as new,
+        zipfile.ZipFile(tmp_path / "old.pth", "w") as old,
+    ):
+        for name in new.namelist():
+            content = new.read(name)
+            old.writestr(name, content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert script.load_checkpoint(tmp_path / "old.pth")["log"] == numbers
+
+
+def test_safetensors_are_loaded_where_the_package_is_installed(tmp_path, monkeypatch):
+    state = vit.vit_micro(num_classes=2).state_dict()
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)  # as if it were not
+    with pytest.raises(data.UserError, match="model.safetensors needs .*pip install safetensors"):
+        script.load_checkpoint(tmp_path / "model.safetensors")
+    monkeypatch.undo()
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file(state, tmp_path / "model.safetensors")
+    loaded = script.load_checkpoint(tmp_path / "model.safetensors")["model"]
+    assert_same_weights(loaded, state)
+
+
+def test_refused_and_damaged_checkpoints_are_told_apart_with_the_reason(train, folder, tmp_path):
+    torch.save({"model": {}, "path": Path("x")}, tmp_path / "path.pth")
+    with pytest.raises(pickle.UnpicklingError) as error:
+        torch.load(tmp_path / "path.pth", weights_only=True)
+    reason = " ".join(str(error.value).split())
+    refused = train("--eval", "path.pth")
+    assert_one_line(refused, "path.pth was refused by torch.load(weights_only=True): Weights only")
+    assert refused.err.count("add_safe_globals") == reason.count("add_safe_globals") > 0
+    args = ("--data", folder, *TINY, "--out", "run")
+    assert train(*args).status == 0
+    (tmp_path / "run" / "last.pt").write_bytes(b"")
+    damaged = train(*args)
+    assert_one_line(damaged, "run/last.pt cannot be loaded", "copy run/best.pt", "--no-resume")
+    (tmp_path / "run" / "best.pt").rename(tmp_path / "run" / "last.pt")
+    assert "resuming after" in train(*args).out or "is finished" in train(*args).out
+
+
+def test_validation_images_are_enough_to_evaluate(train, folder, tmp_path):
+    args = (*TINY, "--out", "run")
+    assert train("--data", folder, *args).status == 0
+    with_all = train("--eval", "run/best.pt", "--workers", 0).out
+    shutil.rmtree(folder / "train")
+    done = train("--eval", "run/best.pt", "--workers", 0)
+    assert done.status == 0 and done.out == with_all
+    assert_one_line(train("--data", folder, *args, "--out", "new"), "has no train/")
+    assert not (tmp_path / "new").exists()
+
+
 def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
     assert train("--data", folder, *TINY, "--out", "run").status == 0
     best = tmp_path / "run" / "best.pt"
@@ -250,7 +436,7 @@ def test_checkpoints_that_do_not_fit_are_refused(train, folder, tmp_path):
     (tmp_path / "cut.pt").write_bytes(best.read_bytes()[:5000])
     assert_one_line(train("--eval", "cut.pt"), "cut.pt cannot be loaded")
     (tmp_path / "text.pt").write_text("not a checkpoint")
-    assert_one_line(train("--eval", "text.pt"), "text.pt cannot be loaded")
+    assert_one_line(train("--eval", "text.pt"), "text.pt was refused by torch.load")
     torch.save([1, 2], tmp_path / "list.pt")
     assert_one_line(train("--eval", "list.pt"), "list.pt is no checkpoint", "list")
     torch.save({"model": {"cls_token": 3}}, tmp_path / "odd.pt")
@@ -302,7 +488,7 @@ def test_script_exits_with_status_2_without_a_traceback(folder, tmp_path, start)
     run = start(1, "--data", folder, *TINY, "--img-size", 96, "--workers", 1)
     assert run.wait(timeout=60) == 2
     log = run.log.read_text()
-    assert log.splitlines()[-1].startswith(f"error: {path} cannot be decoded: ")
+    assert log.splitlines()[-1].startswith(f"error: cannot decode {path}: ")
     assert "Traceback" not in log and "Exception" not in log
 
 
@@ -344,7 +530,7 @@ def test_file_that_is_no_image_ends_in_one_line(train, folder, part, workers):
     for img_size in (32, 96):
         args = ("--data", folder, *TINY, "--img-size", img_size, "--workers", workers)
         done = train(*args, "--epochs", 1, "--out", f"run{img_size}")
-        assert_one_line(done, f"error: {path} cannot be decoded: cannot identify image file")
+        assert_one_line(done, f"error: cannot decode {path}: cannot identify image file")
 
 
 # --- Recipes and settings.
@@ -555,53 +741,3 @@ def test_foreign_checkpoint_with_an_ema_decay_is_loaded(tmp_path):
     model = vit.vit_micro(num_classes=2)
     torch.save({"model": model.state_dict(), "ema": 0.999}, tmp_path / "foreign.pt")
     script.load_weights(model, tmp_path / "foreign.pt", ["a", "b"])
-
-
-# --- The README.
-
-
-def run_readme_snippet(words, namespace):
-    """Run the Python snippet of the README that contains the words."""
-    snippets = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (snippet,) = [snippet for snippet in snippets if words in snippet]
-    exec(compile(snippet, "README.md", "exec"), namespace)
-    return namespace
-
-
-def test_readme_snippet_for_vit_runs():
-    namespace = run_readme_snippet("from vit import", {})
-    assert namespace["loss"].isfinite() and namespace["share"].shape == (4, 1)
-
-
-def test_readme_snippet_for_timm_gives_the_labels_of_our_vit():
-    pytest.importorskip("timm")
-    names = run_readme_snippet("import timm", {})
-    ours = vit.deit_tiny()
-    ours.load_state_dict(names["model"].state_dict())
-    labels = tl_align.token_labels(names["mask"], 16)
-    _, share = ours(tl_align.mix(names["images"], names["mask"]), labels)
-    torch.testing.assert_close(names["share"], share)
-
-
-def test_readme_snippet_for_hugging_face_gives_a_share():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.ViTConfig(num_hidden_layers=2, attn_implementation="eager")
-    mask = tl_align.cutmix_mask(torch.rand(2, 3), (224, 224), 16)
-    names = {**vars(tl_align), "images": torch.randn(2, 3, 224, 224), "mask": mask}
-    names["model"] = transformers.ViTForImageClassification(config).eval()
-    share = run_readme_snippet("output_attentions", names)["share"]
-    assert share.shape == (2, 1) and not torch.allclose(share, mask.mean((2, 3)), atol=1e-4)
-
-
-def test_lines_of_the_readme_are_in_the_code():
-    (excerpt,) = re.findall(r"```py\n(.*?)```", README, re.DOTALL)
-    code = {line.split("#")[0].strip() for line in Path(vit.__file__).read_text().splitlines()}
-    assert all(line.split("#")[0].strip() in code for line in excerpt.splitlines())
-
-
-def test_readme_has_the_lengths_of_the_files():
-    lengths = re.findall(r"\[`(\w+\.py)`\]\(\w+\.py\) \| (\d+) \|", README)
-    assert len(lengths) == 6
-    for name, length in lengths:
-        lines = (Path(script.__file__).parent / name).read_text().splitlines()
-        assert int(length) == pytest.approx(len(lines), rel=0.05), name

@@ -37,8 +37,7 @@ STD = (0.229, 0.224, 0.225)
 SMALL_SIZE = 64  # images of up to this side are kept in memory and augmented lightly
 MAX_BYTES_IN_MEMORY = 2**31
 VAL_BATCH_SIZE = 256
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-IMAGE_EXTENSIONS += (".ppm", ".pgm")
+IMAGE_EXTENSIONS = tuple(".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm".split())
 
 
 class UserError(Exception):
@@ -86,7 +85,7 @@ class Datasets(NamedTuple):
     val: Dataset
     classes: list  # class names, in the order of their numbers
     hflip: bool = True  # whether a mirrored image still shows its class
-    digest: str = ""  # identifies the images, wherever they are; a run is resumed on the same ones
+    digest: str = ""  # of the images' names and sizes: a run is resumed only if it is the same
 
 
 def open_datasets(name, root="data", seed=0):
@@ -187,7 +186,7 @@ def open_torchvision(name, root):
         raise UserError(f"torchvision cannot open or download {name} in {root}: {error}") from error
     # Older releases of torchvision do not name the classes of Flowers102.
     classes = getattr(train, "classes", range(102))
-    return Datasets(train, val, [str(c) for c in classes], name != "mnist", digest=name)
+    return Datasets(train, val, [str(c) for c in classes], hflip=name != "mnist", digest=name)
 
 
 VAL_FOLDERS = ["val", "valid", "validation", "test"]
@@ -202,16 +201,17 @@ def open_folder(root):
         known = ", ".join(["shapes", *TORCHVISION_DATASETS])
         raise UserError(f"--data {root!r} is no folder, and none of {known}")
     folders = {name.lower(): os.path.join(root, name) for name in find_classes(root)}
-    train_root = folders.get("train", "")
+    train_root = folders.get("train", "")  # "" if there is none
     val_root = next((folders[name] for name in VAL_FOLDERS if name in folders), "")
     train_classes = find_classes(train_root)
     val_classes = find_classes(val_root)
-    if not train_classes and not val_classes and not (train_root and val_root):
-        return split_folder(root)
-    if train_root and not train_classes:
-        raise UserError(f"{train_root} has no class folders: expected {train_root}/CLASS/")
+    has_both = train_root and val_root
+    if not has_both and not train_classes and not val_classes:
+        return split_folder(root)  # a class itself may be called train or val
     if not val_root:
         raise UserError(f"{root} has train/ but none of {', '.join(VAL_FOLDERS)}")
+    if train_root and not train_classes:
+        raise UserError(f"{train_root} has no class folders: expected {train_root}/CLASS/")
     unmatched = sorted(set(train_classes) ^ set(val_classes))
     if train_root and unmatched:
         raise UserError(
@@ -220,7 +220,7 @@ def open_folder(root):
         )
     train = find_images(train_root, train_classes)
     val = find_images(val_root, val_classes)
-    digest = files_digest(train_root, train) + files_digest(val_root, val)
+    digest = files_digest(root, train + val)
     return Datasets(ImageFiles(train), ImageFiles(val), val_classes, digest=digest)
 
 
@@ -238,7 +238,7 @@ def split_folder(root):
     if not train or not val:
         raise UserError(f"{root} has too few images to split them into train/ and val/")
     print0(f"{root} has no train/ and val/: {len(val)} images, by their names, are for validation")
-    digest = files_digest(root, train) + files_digest(root, val)
+    digest = files_digest(root, train + val)
     return Datasets(ImageFiles(train), ImageFiles(val), classes, digest=digest)
 
 
@@ -255,7 +255,10 @@ def find_images(root, classes):
     for target, class_name in enumerate(classes):
         class_root = os.path.join(root, class_name)
         num_before = len(samples)
-        for folder, subfolders, files in os.walk(class_root, onerror=fail, followlinks=True):
+        walk = os.walk(
+            class_root, onerror=raise_error, followlinks=True
+        )  # ignores errors otherwise
+        for folder, subfolders, files in walk:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for file in sorted(files):
                 if file.lower().endswith(IMAGE_EXTENSIONS) and not file.startswith("."):
@@ -265,19 +268,19 @@ def find_images(root, classes):
     return samples
 
 
-def fail(error):
+def raise_error(error):
     raise error
 
 
 def files_digest(root, samples):
-    """A digest of the files' names, relative to root, and of their sizes; of a large dataset only
-    some ten thousand sizes are read."""
+    """A digest of the files' names, relative to root, and of their sizes; of a large dataset, of
+    some ten thousand of the sizes."""
     digest = hashlib.blake2b(digest_size=8)
     step = len(samples) // 10_000 + 1
     for i, (path, _) in enumerate(samples):
-        digest.update(os.fsencode(path[len(root) :].strip("/")) + b"\n")
-        if i % step == 0:
-            digest.update(b"%d\n" % os.path.getsize(path))
+        name = path.removeprefix(root).strip("/")  # os.path.relpath takes a minute for ImageNet
+        size = os.path.getsize(path) if i % step == 0 else 0
+        digest.update(os.fsencode(f"{name} {size}\n"))
     return digest.hexdigest()
 
 
@@ -318,16 +321,16 @@ def decode(path):
     try:
         image = Image.open(path)
         image.load()
-        if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):
-            raise ValueError(f"mode {image.mode}, 32 bits per pixel, has no fixed range")
     except Exception as error:  # the exceptions of Pillow's decoders have no common class
         raise UserError(f"cannot decode {path}: {error}") from error
+    if image.mode == "F" or (image.mode == "I" and image.format == "TIFF"):  # others have 16 bits
+        raise UserError(
+            f"cannot decode {path}: pixels of 32 bits (mode {image.mode}) have no range"
+        )
     with contextlib.suppress(Exception):  # a damaged EXIF block beside good pixels
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, of which Pillow's conversion keeps the lower ones
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if "transparency" in image.info:  # Pillow warns of a palette's transparency
-        image = image.convert("RGBA")
     return TF.pil_to_tensor(image.convert("RGB"))
 
 

@@ -154,8 +154,8 @@ class WindowAttention(nn.Module):
             labels = tl_align.attend_fused(labels, q, k, bias)  # labels: A @ Y
             x = x.unflatten(1, (windows, self.num_heads))
         else:
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1) + bias
-            attn = scores.softmax(-1)  # (B, windows, h, n, n)
+            q = q * q.shape[-1] ** -0.5
+            attn = (q @ k.transpose(-2, -1) + bias).softmax(-1)  # (B, windows, h, n, n)
             x = attn @ v  # tokens: A @ V
             labels = tl_align.attend(labels, attn)  # labels: A @ Y
         return self.proj(rearrange(x, "b w h n d -> b w n (h d)")), labels
@@ -427,11 +427,12 @@ def swin_small(**kwargs):
 
 def swin_base(**kwargs):
     """87.8 million parameters."""
-    base = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
-    return Swin(**{**base, **kwargs})
+    sizes = {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)}
+    return Swin(**{**sizes, **kwargs})
 
 
 def swin_micro(**kwargs):
     """0.1 million parameters, small enough to train on a laptop's CPU."""
-    micro = {"img_size": 32, "patch_size": 2, "window_size": 4, "init_std": None}
-    return Swin(**{**micro, "embed_dim": 32, "depths": (2, 2), "num_heads": (1, 2), **kwargs})
+    sizes = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (2, 2)}
+    sizes.update({"num_heads": (1, 2), "window_size": 4})
+    return Swin(**{**sizes, "init_std": None, **kwargs})

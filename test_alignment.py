@@ -270,30 +270,18 @@ def test_attention_of_another_shape_is_refused():
     tl_align.align(labels[0], attn[0])  # of one image
     averaged = attn.mean(1)  # which MultiheadAttention returns by default
     for wrong in (averaged, averaged[0], attn.flatten(0, 1), attn[:2], attn[..., :5]):
-        with pytest.raises(ValueError, match=r"attn must be \(4, heads, n, 6\)"):
+        with pytest.raises(ValueError, match="attn must be .*heads"):
             tl_align.align(labels, wrong)
-    with pytest.raises(ValueError, match=r"labels must have shape \(4, 1, 1\)"):
+    with pytest.raises(ValueError, match="do not fit A @ Y"):
         tl_align.align(labels, attn[:, :, :1])  # one query only
     q = k = torch.randn(4, 2, 6, 8)
     tl_align.attend_fused(labels, q, k)
-    for wrong in (k.flatten(0, 1), k[:2], k.transpose(1, 2), k[:, :, :5]):
-        with pytest.raises(ValueError, match=r"k must be \(4, heads, 6, head_dim\)"):
+    for wrong in (k.transpose(1, 2), k[:, :, :5]):
+        with pytest.raises(ValueError, match="labels of 6 tokens do not fit keys"):
             tl_align.attend_fused(labels, q, wrong)
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("build_model", [small_vit, small_swin])
-def test_a_loss_on_the_meta_device_has_the_right_shapes(build_model, fused):
-    model = build_model(fused=fused, drop_path_rate=0.1).to("meta")
-    with torch.device("meta"):
-        images = torch.randn(4, 3, model.img_size, model.img_size)
-        mask = tl_align.cutmix_mask(torch.rand(4, 3), images.shape[-2:], model.patch_size)
-        targets = torch.zeros(4, dtype=torch.long)
-    labels = tl_align.token_labels(mask, model.patch_size)
-    logits, share = model(tl_align.mix(images, mask), labels)
-    assert logits.shape == (4, 7) and share.shape == (4, 1)
-    tl_align.mixed_cross_entropy(logits, targets, share).backward()
-    assert all(parameter.grad.is_meta for parameter in model.parameters())
+    for wrong in (k.flatten(0, 1), k[:2]):
+        with pytest.raises(RuntimeError):
+            tl_align.attend_fused(labels, wrong, wrong)
 
 
 def test_attend_keeps_labels_in_float32_under_autocast():
@@ -485,14 +473,19 @@ def test_bias_of_fused_attention_is_contiguous_in_every_stage(img_size, window_s
 
 
 @torch.no_grad()
-def test_fused_labels_are_padded_to_the_width_of_the_queries(case, monkeypatch):
-    build_model, images, labels = case
-    model = build_model(fused=True)
+@pytest.mark.parametrize("num_sources", [1, 20])
+def test_fused_labels_are_as_wide_as_the_kernels_require(monkeypatch, num_sources):
     calls = record_attention_calls(monkeypatch)
-    model(images, labels)
-    assert len(calls) > 0
-    for call in calls:
-        assert call["value"].shape == call["query"].shape
+    small_vit(fused=True, num_heads=2)(  # heads 16 wide
+        torch.randn(2, 3, 24, 24), torch.rand(2, 36, num_sources)
+    )
+    widths = {call["value"].shape[-1] for call in calls[1::2]}
+    assert widths == {16 if num_sources == 1 else 20}
+    calls.clear()
+    small_swin(fused=True, embed_dim=32)(torch.randn(2, 3, 32, 32), torch.rand(2, 64, num_sources))
+    assert all(call["query"].shape[-1] == 16 for call in calls)
+    widths = {call["value"].shape[-1] for call in calls[1::2]}
+    assert widths == {8 if num_sources == 1 else 24}
 
 
 @torch.no_grad()
@@ -531,33 +524,6 @@ def test_training_step_compiles_without_graph_breaks(build_model, img_size, fuse
     torch.testing.assert_close(gradients, expected, atol=1e-4, rtol=1e-3)
 
 
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", ["vit", "swin-odd"])
-def test_traced_models_accept_other_batch_sizes(name):
-    build_model, (height, width) = CASES[name]
-    model = build_model().eval()
-    images = torch.randn(3, 3, height, width)
-    labels = torch.rand(3, (height // 4) * (width // 4), 1)
-    traced = torch.jit.trace(model, (images[:1], labels[:1]))
-    torch.testing.assert_close(traced(images, labels), model(images, labels))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "swin-odd"])
-def test_exported_models_accept_other_batch_sizes(name):
-    build_model, (height, width) = CASES[name]
-    model = build_model().eval()
-    images = torch.randn(3, 3, height, width)
-    labels = torch.rand(3, (height // 4) * (width // 4), 1)
-    batch = torch.export.Dim("batch", max=4096)
-    shapes = ({0: batch}, {0: batch})
-    exported = torch.export.export(model, (images, labels), dynamic_shapes=shapes).module()
-    for size in (1, 2):
-        expected = model(images[:size], labels[:size])
-        torch.testing.assert_close(exported(images[:size], labels[:size]), expected)
-
-
 # ------------------------------------------------------------------------------------------------
 # The class-only last block, windows, drop path, and wrong shapes.
 
@@ -569,42 +535,14 @@ def forward_with_full_last_block(model, images, labels, rand):
     return model.head(model.norm(x[:, 0])), labels[:, 0]
 
 
-class Adapter(torch.nn.Module):
-    """A low-rank layer beside a frozen one, whose weights it shows as its own (LoRA)."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base = base.requires_grad_(False)
-        self.down = torch.nn.Linear(base.in_features, 4)
-        self.up = torch.nn.Linear(4, base.out_features)
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
-
-
-@pytest.mark.parametrize("change", ["plain", "hooks", "adapters"])
 @pytest.mark.parametrize("fused", [False, True])
-def test_class_only_last_block_matches_full_block(fused, change):
-    model = small_vit(fused=fused, drop_path_rate=0.3)
-    for block in model.blocks:
-        if change == "hooks":
-            block.attn.qkv.register_forward_hook(lambda layer, inputs, output: 2 * output)
-        if change == "adapters":
-            block.attn.qkv = add_noise(Adapter(block.attn.qkv))
-    model = model.double().train()
+def test_class_only_last_block_matches_full_block(fused):
+    model = small_vit(fused=fused, drop_path_rate=0.3).double().train()
     images = torch.randn(4, 3, 24, 24, dtype=torch.float64)
     labels = torch.rand(4, 36, 1, dtype=torch.float64)
     rand = torch.rand(4, model.depth, 2)
     targets = torch.tensor([1, 2, 3, 4])
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = list(model.parameters())
 
     logits, aligned = model(images, labels, rand)
     expected_logits, expected_aligned = forward_with_full_last_block(model, images, labels, rand)
@@ -615,45 +553,6 @@ def test_class_only_last_block_matches_full_block(fused, change):
     expected_loss = F.cross_entropy(expected_logits, targets)
     expected_gradients = torch.autograd.grad(expected_loss, parameters)
     torch.testing.assert_close(gradients, expected_gradients)
-
-
-@torch.no_grad()
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-def test_class_only_last_block_matches_full_block_with_a_quantized_qkv():
-    quantization = pytest.importorskip("torch.ao.quantization")
-    plain = small_vit().eval()
-    names = {f"blocks.{i}.attn.qkv" for i in range(plain.depth)}
-    model = quantization.quantize_dynamic(plain, names)
-    images, labels, rand = torch.randn(2, 3, 24, 24), torch.rand(2, 36, 1), torch.rand(2, 3, 2)
-    results = model(images, labels, rand)
-    torch.testing.assert_close(results, forward_with_full_last_block(model, images, labels, rand))
-    assert not torch.equal(results[0], plain(images))
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("build_model", [small_vit, small_swin])
-def test_every_layer_is_called(build_model, fused):
-    model = build_model(fused=fused)
-    layers = {name: layer for name, layer in model.named_modules() if not [*layer.children()]}
-    called = set()
-    for name, layer in layers.items():
-        layer.register_forward_hook(lambda *_, name=name: called.add(name))
-    model(torch.randn(2, 3, model.img_size, model.img_size))
-    assert called == layers.keys()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("build_model", [small_vit, small_swin])
-def test_model_that_was_built_on_the_meta_device_is_whole_with_its_weights(build_model, assign):
-    model = build_model().eval()
-    with torch.device("meta"):
-        other = build_model().eval()
-    if not assign:
-        other.to_empty(device="cpu")
-    other.load_state_dict(model.state_dict(), assign=assign)
-    images = torch.randn(2, 3, model.img_size, model.img_size)
-    assert torch.equal(other(images), model(images))
 
 
 @pytest.mark.parametrize("size", [(8, 12), (7, 10)], ids=["tiled", "padded"])

@@ -27,6 +27,8 @@ with either one:
     loss = mixed_cross_entropy(logits, targets, share, smoothing=0.1)
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
@@ -128,16 +130,18 @@ def attend(labels, attn):
     A is averaged over the heads, and detached: labels only measure what the layer does.
 
     labels: (..., N, K) or None. attn: (..., heads, n, N), after the softmax. Returns (..., n, K).
-    Raises ValueError if its heads were averaged already, or folded into the batch.
+    Raises ValueError for attn of another shape, for example averaged over its heads.
     """
     if labels is None:
         return None
-    *batch, num_tokens, _ = labels.shape
-    if attn.dim() < 3 or [*attn.shape[:-3], attn.shape[-1]] != [*batch, num_tokens]:
-        expected = ", ".join(map(str, [*batch, "heads", "n", num_tokens]))
-        raise ValueError(f"attn must be ({expected}) for these labels, got {tuple(attn.shape)}")
+    same_batch = attn.dim() == labels.dim() + 1 and attn.shape[:-3] == labels.shape[:-2]
+    if not same_batch or attn.shape[-1] != labels.shape[-2]:
+        raise ValueError(
+            "attn must be (..., heads, n, N) for labels (..., N, K), "
+            f"got {tuple(attn.shape)} for {tuple(labels.shape)}"
+        )
     attn = attn.detach().mean(-3).to(labels.dtype)  # (..., n, N)
-    if labels.is_meta:  # has no autocast
+    if labels.is_meta:  # the meta device has no autocast
         return attn @ labels
     with torch.autocast(labels.device.type, enabled=False):  # keep the labels in float32
         return attn @ labels
@@ -148,24 +152,27 @@ def attend_fused(labels, q, k, bias=None):
 
     labels: (B, N, K), or (B, windows, N, K), or None. q: (B, windows * heads, n, head_dim).
     k: (B, windows * heads, N, head_dim). bias: added to the scores, broadcastable to
-    (B, windows * heads, n, N). Returns (B, n, K), or (B, windows, n, K). Raises ValueError for
-    keys of another shape.
+    (B, windows * heads, n, N). Returns (B, n, K), or (B, windows, n, K). Raises ValueError if k
+    and labels have different numbers of tokens.
     """
     if labels is None:
         return None
     has_windows = labels.dim() == 4
     y = labels if has_windows else labels[:, None]  # (B, windows, N, K)
-    batch, num_windows, num_tokens, num_sources = y.shape
-    if k.dim() != 4 or k.shape[0] != batch or k.shape[1] % num_windows or k.shape[2] != num_tokens:
-        expected = f"({batch}, heads, {num_tokens}, head_dim)"
-        raise ValueError(f"k must be {expected} for these labels, got {tuple(k.shape)}")
+    num_windows, num_tokens, num_sources = y.shape[1:]
+    if k.shape[-2] != num_tokens:
+        raise ValueError(f"labels of {num_tokens} tokens do not fit keys {tuple(k.shape)}")
     num_heads = q.shape[1] // num_windows
-    # The fused kernels require values as wide as the keys, and results can be wrong if heads
+    # Without a bias the fused kernel is FlashAttention, which requires values as wide as the keys;
+    # with a bias another one, to which any multiple of 8 will do. Results can be wrong if heads
     # share memory (pytorch issue 191937): pad the labels with zeros and copy them for every head.
-    y = F.pad(y, (0, max(0, q.shape[-1] - num_sources))).to(q.dtype)
-    y = repeat(y, "b windows n k -> b (windows heads) n k", heads=num_heads).contiguous()
-    if bias is not None:
+    if bias is None:
+        width = max(q.shape[-1], num_sources)
+    else:
+        width = math.ceil(num_sources / 8) * 8
         bias = bias.detach()
+    y = F.pad(y, (0, width - num_sources)).to(q.dtype)
+    y = repeat(y, "b windows n k -> b (windows heads) n k", heads=num_heads).contiguous()
     y = F.scaled_dot_product_attention(q.detach(), k.detach(), y, bias)[..., :num_sources]
     y = reduce(
         y.to(labels.dtype), "b (windows heads) n k -> b windows n k", "mean", heads=num_heads
@@ -181,17 +188,15 @@ def residual(labels, attended):
     if labels is None:
         return None
     if labels.shape != attended.shape:
-        raise ValueError(
-            f"labels must have shape {tuple(attended.shape)}, got {tuple(labels.shape)}"
-        )
+        raise ValueError(f"labels {tuple(labels.shape)} do not fit A @ Y {tuple(attended.shape)}")
     return (labels + attended) / 2
 
 
 def align(labels, attn):
     """`attend` and `residual` in one call, for the attention of another model.
 
-    labels: (..., N, K). attn: (..., heads, N, N), after the softmax. Returns (..., N, K). Raises
-    ValueError for an attention that was averaged over its heads, or of another shape.
+    labels: (..., N, K). attn: (..., heads, N, N), after the softmax. Returns (..., N, K).
+    Raises ValueError for attn of another shape, for example averaged over its heads.
     """
     return residual(labels, attend(labels, attn))
 

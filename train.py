@@ -8,7 +8,8 @@
     python train.py --eval runs/shapes-vit_micro-cutmix-tl_align-0/best.pt
 
 Under torchrun, on one node or many, the same command joins the group of processes. A run's folder
-holds last.pt, best.pt, metrics.jsonl and config.json, and the same command resumes a stopped run.
+holds last.pt, best.pt, metrics.jsonl, config.json and a lock, and the same command resumes a
+stopped run.
 """
 
 import argparse
@@ -99,9 +100,17 @@ SMALL_MICRO = {"lr": 3e-3}
 # The generated images, learned in a minute.
 SHAPES = {"epochs": 2, "batch_size": 64, "mix_prob": 1.0}
 
-# The rate of stochastic depth of Swin (Liu et al. 2021); DeiT's models all have 0.1.
-DROP_PATH = {"swin_tiny": 0.2, "swin_small": 0.3, "swin_base": 0.5}
-DROP_PATH.update({"vit_micro": 0.0, "swin_micro": 0.0})
+# The rate of stochastic depth, as DeiT and Swin set it.
+DROP_PATH = {
+    "vit_micro": 0.0,
+    "deit_tiny": 0.1,
+    "deit_small": 0.1,
+    "deit_base": 0.1,
+    "swin_micro": 0.0,
+    "swin_tiny": 0.2,
+    "swin_small": 0.3,
+    "swin_base": 0.5,
+}
 
 
 def choose_recipe(args, is_imagenet):
@@ -140,9 +149,10 @@ def fill_defaults(args, image_size, num_images, hflip=True):
     recipe["warmup_epochs"] = min(recipe["warmup_epochs"], args.epochs / 10)
     for name, value in recipe.items():
         set_default(args, name, value)
-    set_default(args, "drop_path", DROP_PATH.get(args.model, 0.1))
+    set_default(args, "drop_path", DROP_PATH[args.model])
     set_default(args, "hflip", hflip)
-    set_default(args, "micro_batch", 32 if is_large and not cuda else 0)
+    micro_batch = 256 if cuda else 32  # DeiT-S then takes 8 GiB of a GPU, Swin-B 32
+    set_default(args, "micro_batch", micro_batch if is_large else 0)
     set_default(args, "workers", min(NUM_CPUS // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 16))
     # A GPU that emulates bf16 is faster without it.
     set_default(args, "bf16", cuda and torch.cuda.is_bf16_supported(including_emulation=False))
@@ -219,7 +229,7 @@ def make_parser():
     add("--patch-size", type=number(int, 1), help="in pixels")
     add("--epochs", type=number(int, 1))
     add("--batch-size", type=number(int, 1), help="of all processes together")
-    add("--micro-batch", type=number(int, 0), help="images at a time per process; 0: all")
+    add("--micro-batch", type=number(int, 0), help="images at a time per process, at most; 0: all")
     add("--lr", type=number(float, 1e-12), help="peak learning rate")
     add("--warmup-epochs", type=number(float, 0))
     add("--weight-decay", type=number(float, 0))
@@ -238,7 +248,7 @@ def make_parser():
     add("--save-minutes", type=number(float, 0), default=15.0, help="between checkpoints [15]")
     add("--log-interval", type=number(int, 1), help="steps between two log lines")
     add("--out", help="folder of the run")
-    add("--resume", action=switch, help="continue in --out even with other settings; or start anew")
+    add("--resume", action=switch, help="continue with other settings; --no-resume: start over")
     add("--finetune", metavar="FILE", help="checkpoint to start from")
     add("--eval", metavar="FILE", help="checkpoint to evaluate, with its own settings as defaults")
     return parser
@@ -299,7 +309,8 @@ def init_distributed(args, argv):
         dist.init_process_group(backend, timeout=timedelta(hours=1))  # to download a dataset
     elif args.device == "cuda" and torch.cuda.device_count() > 1:
         num_gpus = torch.cuda.device_count()
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, NUM_CPUS // num_gpus)))
+        for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+            os.environ.setdefault(name, str(max(1, NUM_CPUS // num_gpus)))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}"]
         os.execv(sys.executable, [sys.executable, *torchrun, __file__, *argv])
 
@@ -358,12 +369,13 @@ class StopRequest:
 FORMAT = "tl-align-1"  # marks the checkpoints of this script
 
 
-# What `torch.load` may create besides tensors: DeiT's settings, and the numpy numbers of other
-# people's logs, whose function has the first name in files that were written by numpy 1.
-SCALAR = np.float64(0).__reduce__()[0]
-SAFE_GLOBALS = [argparse.Namespace, np.dtype, (SCALAR, "numpy.core.multiarray.scalar")]
-SAFE_GLOBALS += [(SCALAR, "numpy._core.multiarray.scalar")]
-SAFE_GLOBALS += [type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "?")]
+# What a checkpoint may hold besides tensors: DeiT's settings, and numpy's numbers, which a function
+# creates that has one name in files written by numpy 1 and another one in newer files.
+numpy_scalar, _ = np.float64(0).__reduce__()
+SAFE_GLOBALS = [argparse.Namespace, np.dtype]
+SAFE_GLOBALS += [(numpy_scalar, "numpy.core.multiarray.scalar")]
+SAFE_GLOBALS += [(numpy_scalar, "numpy._core.multiarray.scalar")]
+SAFE_GLOBALS += [type(np.dtype(name)) for name in ("f2", "f4", "f8", "i4", "i8", "bool")]
 
 
 def load_checkpoint(path):
@@ -405,8 +417,8 @@ def load_weights(model, path, classes, new_head=False):
     """Load a checkpoint, its averaged weights if there are any, into a model.
 
     classes: the names of the model's classes. new_head: keep the model's own head if the
-    checkpoint has one for other classes, or none, and ignore what the model lacks, such as a
-    decoder. Raises UserError if anything else differs.
+    checkpoint has one for other classes, or none, and ignore layers that the model lacks, such as
+    a decoder. Raises UserError if anything else differs.
     """
     checkpoint = load_checkpoint(path)
     is_ours = checkpoint.get("format") == FORMAT
@@ -418,14 +430,16 @@ def load_weights(model, path, classes, new_head=False):
     head_fits = head is not None and len(head) == len(classes) and same_classes
     if new_head and not head_fits:
         print0(f"{path} has no head for these {len(classes)} classes: a new one is trained")
+        state = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
         state["head.weight"] = own_state["head.weight"]
         state["head.bias"] = own_state["head.bias"]
     elif head is not None and not head_fits:
         raise UserError(f"{path} was trained on other classes, or on classes in another order")
-    unused = sorted({name.split(".")[0] for name in state.keys() - own_state.keys()})
+    layers = {name.split(".")[0] for name in own_state}
+    unused = sorted({name.split(".")[0] for name in state} - layers)
     if new_head and unused:
-        print0(f"{path}: ignored, because {', '.join(unused)} is not in the model")
-        state = {name: tensor for name, tensor in state.items() if name in own_state}
+        print0(f"{path}: ignored, as the model has no such layers: {', '.join(unused)}")
+        state = {name: tensor for name, tensor in state.items() if name.split(".")[0] in layers}
     for name in sorted(own_state.keys() | state.keys()):
         here = tuple(own_state[name].shape) if name in own_state else "missing"
         there = tuple(state[name].shape) if name in state else "missing"
@@ -434,19 +448,22 @@ def load_weights(model, path, classes, new_head=False):
     model.load_state_dict(state)
 
 
-# A run that is resumed may change these,
+# Settings that may differ when a run is resumed.
 RESUMABLE_ARGS = ["data", "root", "out", "resume", "eval"]  # where things are
 RESUMABLE_ARGS += ["device", "workers", "micro_batch", "compile"]  # how the same is computed
 RESUMABLE_ARGS += ["log_interval", "save_minutes"]
-# and never these. The others take an explicit --resume.
-MODEL_ARGS = ["model", "img_size", "patch_size"]
+# Settings that must not differ. All others may with an explicit --resume.
+FIXED_ARGS = ["model", "img_size", "patch_size"]
 
 
 def run_identity(args, datasets):
     """The part of a checkpoint that tells which run it belongs to."""
-    num_images = [len(datasets.train), len(datasets.val)]
-    identity = {"args": vars(args), "classes": datasets.classes, "num_images": num_images}
-    return {**identity, "images": datasets.digest}
+    return {
+        "args": vars(args),
+        "classes": datasets.classes,
+        "num_images": [len(datasets.train), len(datasets.val)],
+        "digest": datasets.digest,
+    }
 
 
 def find_checkpoint(args, datasets):
@@ -462,8 +479,10 @@ def find_checkpoint(args, datasets):
     try:
         checkpoint = load_checkpoint(path)
     except UserError as error:
-        copy_best = f"copy {best} over it to go on from there, or " if best.exists() else ""
-        raise UserError(f"{error}; {copy_best}give --no-resume to start anew") from error
+        advice = (
+            f"copy {best} to it to resume from there" if best.exists() else "there is no best.pt"
+        )
+        raise UserError(f"{error}; {advice}; --no-resume starts over") from error
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train.py: give another --out")
     check_same_run(args, datasets, checkpoint)
@@ -473,21 +492,30 @@ def find_checkpoint(args, datasets):
 def check_same_run(args, datasets, checkpoint):
     """Raises UserError if the checkpoint is of another model or other images, or of other settings
     and there is no --resume on the command line."""
-    identity = run_identity(args, datasets)
-    data_keys = ("classes", "num_images", "images")
-    refused = [f"other {key}" for key in data_keys if checkpoint.get(key) != identity[key]]
-    changed = []
-    for name, value in identity["args"].items():
+    refused, changed = [], []
+    if checkpoint["classes"] != datasets.classes:
+        refused.append("other classes")
+    num_images = [len(datasets.train), len(datasets.val)]
+    if checkpoint["num_images"] != num_images or checkpoint.get("digest") != datasets.digest:
+        refused.append("other images")
+    for name, value in vars(args).items():
         saved = checkpoint["args"].get(name)
-        if name not in RESUMABLE_ARGS and saved != value:
-            change = f"--{name.replace('_', '-')} {saved} (now {value})"
-            (refused if name in MODEL_ARGS else changed).append(change)
-    if refused or (changed and not args.resume):
-        differences = ", ".join(refused + changed)
-        way_on = "" if refused else "--resume to continue it with the settings as they are now, "
+        if name in RESUMABLE_ARGS or saved == value:
+            continue
+        change = f"--{name.replace('_', '-')} {saved} (now {value})"
+        if name in FIXED_ARGS:
+            refused.append(change)
+        else:
+            changed.append(change)
+    if refused:
         raise UserError(
-            f"{args.out} holds a run with other settings or data: {differences}; give {way_on}"
-            "another --out, or --no-resume to replace it"
+            f"{args.out} holds another run: {', '.join(refused)}; give another --out, or "
+            "--no-resume to replace it"
+        )
+    if changed and not args.resume:
+        raise UserError(
+            f"{args.out} holds a run with other settings: {', '.join(changed)}; give --resume to "
+            "continue with the new ones, another --out, or --no-resume to replace it"
         )
     if changed:
         print0(f"{args.out} is continued with other settings: {', '.join(changed)}")
@@ -609,6 +637,9 @@ class Progress:
     epoch_waited: float = 0.0  # seconds waiting for data
 
 
+NOT_FINITE_ADVICE = "try --resume with a lower --lr, or with --clip-grad 1"
+
+
 class Trainer:
     """A model, its optimizer, and the step that trains it.
 
@@ -647,27 +678,24 @@ class Trainer:
             mix_rand = data.to_device(mix_rand, args.device)
             is_mixup = data.to_device(is_mixup, args.device)
 
+        images = data.augment(images, augment_rand, args.hflip, full=args.augment == "full")
         total_loss = torch.zeros((), device=args.device)
-        micro_batch = args.micro_batch or len(images)
-        use_full = args.augment == "full"
-        is_alone = get_world_size() == 1
-        for start in range(0, len(images), micro_batch):
-            part = slice(start, start + micro_batch)
-            batch = data.augment(images[part], augment_rand[part], args.hflip, use_full)
+        num_parts = math.ceil(len(images) / (args.micro_batch or len(images)))
+        for i in range(num_parts):  # of equal size, if possible: compiled code is for one size
+            part = data.process_share(len(images), i, num_parts)
+            batch = images[part]
             mask = None
             if args.mix != "none":
                 size = batch.shape[-2:]
                 mask = make_mask(mix_rand[part], is_mixup[part], size, args.patch_size)
-            is_last = start + micro_batch >= len(images)  # after it gradients are averaged
-            with contextlib.nullcontext() if is_last or is_alone else self.ddp_model.no_sync():
-                with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
-                    loss = self.loss(
-                        self.model, batch, targets[part], mask, drop_path_rand[part], args
-                    )
-                loss = loss * len(batch) / args.batch_size  # its part of the mean over the batch
-                (loss * get_world_size()).backward()  # the processes' gradients are averaged
+            # The processes average their gradients after the last part only.
+            self.ddp_model.require_backward_grad_sync = i == num_parts - 1
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
+                loss = self.loss(self.model, batch, targets[part], mask, drop_path_rand[part], args)
+            loss = loss * len(batch) / args.batch_size  # its part of the mean over the batch
+            (loss * get_world_size()).backward()  # the processes' gradients are averaged
             total_loss += loss.detach()
-        if not is_alone:
+        if get_world_size() > 1:
             dist.all_reduce(total_loss)
 
         if args.clip_grad:
@@ -685,11 +713,13 @@ class Trainer:
 
     def save(self, path, progress, identity):
         """Write a checkpoint on the first process. identity: see `run_identity`. A kill while it
-        is written leaves the old one whole."""
+        is written leaves the old one whole. Raises UserError if a weight is not finite."""
         if get_rank() != 0:
             return
         if not all(parameter.isfinite().all() for parameter in self.raw_model.parameters()):
-            raise UserError(f"the weights are not finite after step {progress.step}: {LOWER_LR}")
+            raise UserError(
+                f"the weights are not finite after step {progress.step}: {NOT_FINITE_ADVICE}"
+            )
         checkpoint = {
             "format": FORMAT,
             "model": self.raw_model.state_dict(),
@@ -703,10 +733,12 @@ class Trainer:
         os.replace(temporary, path)
 
     def load(self, checkpoint):
-        """Continue from a checkpoint of this script. Returns its progress. With other settings
-        than before, averaging may start here, and a changed batch size starts the epoch again."""
+        """Continue from a checkpoint of this script. Returns its progress. With another batch size
+        the epoch starts again. Without averaged weights in the checkpoint, averaging starts here.
+        """
         self.raw_model.load_state_dict(checkpoint["model"])
         self.optimizer.load_state_dict(checkpoint["optimizer"])
+        # load_state_dict has restored the former one
         self.optimizer.param_groups[0]["weight_decay"] = self.args.weight_decay
         if self.ema_model is not None:
             self.ema_model.load_state_dict(checkpoint["ema"] or checkpoint["model"])
@@ -771,14 +803,11 @@ def log_line(step, losses, seconds, waited, args, steps_per_epoch):
     )
 
 
-LOWER_LR = "--resume with a lower --lr, or with --clip-grad 1, goes on from the last checkpoint"
-
-
 def check_losses(losses, step):
     """Raises UserError for a loss that is not finite. step: after the last of the losses."""
     for i, loss in enumerate(losses, start=step - len(losses)):
         if not math.isfinite(loss):
-            raise UserError(f"the loss is {loss} at step {i}: {LOWER_LR}")
+            raise UserError(f"the loss is {loss} at step {i}: {NOT_FINITE_ADVICE}")
 
 
 @torch.no_grad()
@@ -844,7 +873,8 @@ def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
             if is_best:
                 trainer.save(out / "best.pt", progress, identity)
             save_last()
-    lock.close()
+    if lock is not None:
+        lock.close()
     print0(f"finished: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %; see {out}")
     print0(f"to draw the aligned labels: python experiments/picture.py {out}/best.pt")
 
@@ -877,24 +907,32 @@ def check_same_step(step, out):
 
 
 def prepare_folder(out, args, is_new):
-    """Create the folder of a run, or remove what an older one wrote there. The folder is locked
-    until the file that is returned is closed, or the process ends. Raises UserError."""
+    """Create and lock a run's folder. A new run removes the files of an older one. Returns the
+    lock, see `lock_folder`. Raises UserError."""
+    if get_rank() != 0:
+        return None
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "w")
-        if get_rank() == 0:
-            try:
-                fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"another run is at work in --out {out}: give another") from error
-            except OSError:  # a file system without locks
-                pass
-            if is_new:
-                for name in ("last.pt", "best.pt", "metrics.jsonl"):
-                    (out / name).unlink(missing_ok=True)
-            write_text(out / "config.json", json.dumps(vars(args), indent=2))
+        lock = lock_folder(out)
+        if is_new:
+            for name in ("last.pt", "best.pt", "metrics.jsonl"):
+                (out / name).unlink(missing_ok=True)
+        write_text(out / "config.json", json.dumps(vars(args), indent=2))
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error}") from error
+    return lock
+
+
+def lock_folder(out):
+    """A file in a run's folder that is locked until it is closed or the process ends. Raises
+    UserError if another run has locked it."""
+    lock = open(out / "lock", "w")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(f"another run is using --out {out}: choose another folder") from error
+    except OSError:
+        pass  # a file system without locks
     return lock
 
 

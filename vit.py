@@ -76,8 +76,8 @@ class Attention(nn.Module):
             x = F.scaled_dot_product_attention(q, k, v)  # tokens: A @ V, (B, h, N, d)
             labels = tl_align.attend_fused(labels, q, k)  # labels: A @ Y
         else:
-            scores = q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)
-            attn = scores.softmax(-1)  # (B, h, N or 1, N)
+            q = q * q.shape[-1] ** -0.5
+            attn = (q @ k.transpose(-2, -1)).softmax(-1)  # (B, h, N or 1, N)
             x = attn @ v  # tokens: A @ V
             labels = tl_align.attend(labels, attn)  # labels: A @ Y
         return self.proj(rearrange(x, "b h n d -> b n (h d)")), labels
@@ -275,5 +275,5 @@ def deit_base(**kwargs):
 
 def vit_micro(**kwargs):
     """0.2 million parameters, small enough to train on a laptop's CPU."""
-    micro = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
-    return ViT(**{**micro, "init_std": None, **kwargs})
+    sizes = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
+    return ViT(**{**sizes, "init_std": None, **kwargs})

@@ -33,7 +33,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tl_align
 
-# All but cuDNN, whose gradients can be NaN where there is a bias (pytorch issue 196678).
+# All but cuDNN, whose gradients can be NaN with a bias in bf16 (pytorch issue 196678).
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -151,7 +151,7 @@ class WindowAttention(nn.Module):
             bias = bias.expand(windows, -1, -1, -1).flatten(0, 1).to(q.dtype).contiguous()
             with sdpa_kernel(BACKENDS):
                 x = F.scaled_dot_product_attention(q, k, v, bias)  # tokens: A @ V
-            labels = tl_align.attend_fused(labels, q, k, bias)  # labels: A @ Y
+                labels = tl_align.attend_fused(labels, q, k, bias)  # labels: A @ Y
             x = x.unflatten(1, (windows, self.num_heads))
         else:
             q = q * q.shape[-1] ** -0.5

@@ -20,8 +20,12 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tl_align
+
+# All but cuDNN, whose gradients can be NaN in bf16 (github.com/NVIDIA/cudnn-frontend/issues/160).
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class DropPath(nn.Module):
@@ -63,8 +67,7 @@ class Attention(nn.Module):
         """x: (B, N, dim). labels: (B, N, K) or None. Returns A @ V after projection, and A @ Y.
 
         class_only: compute the first row of A only, and return (B, 1, dim) and (B, 1, K). A
-        single row is small, so it is always formed: fused kernels may give NaN gradients for a
-        query of length one (github.com/NVIDIA/cudnn-frontend/issues/1072).
+        single row is small, so it is always formed.
         """
         q, k, v = rearrange(
             self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads
@@ -73,8 +76,9 @@ class Attention(nn.Module):
             q = q[:, :, :1]
         use_fused = x.is_cuda if self.fused is None else self.fused
         if use_fused and not class_only:
-            x = F.scaled_dot_product_attention(q, k, v)  # tokens: A @ V, (B, h, N, d)
-            labels = tl_align.attend_fused(labels, q, k)  # labels: A @ Y
+            with sdpa_kernel(BACKENDS):
+                x = F.scaled_dot_product_attention(q, k, v)  # tokens: A @ V, (B, h, N, d)
+                labels = tl_align.attend_fused(labels, q, k)  # labels: A @ Y
         else:
             q = q * q.shape[-1] ** -0.5
             attn = (q @ k.transpose(-2, -1)).softmax(-1)  # (B, h, N or 1, N)

@@ -444,7 +444,7 @@ def load_weights(model, path, classes, new_head=False):
         here = tuple(own_state[name].shape) if name in own_state else "missing"
         there = tuple(state[name].shape) if name in state else "missing"
         if here != there:
-            raise UserError(f"{path} is of another model: {name} is {there}, expected {here}")
+            raise UserError(f"{path} is of another model: {name} is {there}, here it is {here}")
     model.load_state_dict(state)
 
 
@@ -466,15 +466,36 @@ def run_identity(args, datasets):
     }
 
 
+def lock_folder(out):
+    """Create a run's folder and lock it, until the returned file is closed or the process ends.
+    Raises UserError if it cannot be written, or if another run has locked it."""
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        lock = open(Path(out, "lock"), "w")
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error}") from error
+    if get_rank() == 0:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is using --out {out}: choose another folder") from error
+        except OSError:
+            pass  # a file system without locks
+    return lock
+
+
 def find_checkpoint(args, datasets):
     """The last checkpoint in --out, or None. Raises UserError if it is of another run."""
-    if args.resume is False:
+    is_restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun
+    if args.resume is False and not is_restarted:
         return None
     path = Path(args.out, "last.pt")
     best = path.with_name("best.pt")
     if not path.exists():
         if best.exists():
             raise UserError(f"{args.out} has a best.pt but no last.pt: give another --out")
+        if args.resume:
+            print0(f"{args.out} has no last.pt to resume from: this is a new run")
         return None
     try:
         checkpoint = load_checkpoint(path)
@@ -496,7 +517,8 @@ def check_same_run(args, datasets, checkpoint):
     if checkpoint["classes"] != datasets.classes:
         refused.append("other classes")
     num_images = [len(datasets.train), len(datasets.val)]
-    if checkpoint["num_images"] != num_images or checkpoint.get("digest") != datasets.digest:
+    digest = checkpoint.get("digest", datasets.digest)  # older checkpoints have none
+    if checkpoint["num_images"] != num_images or digest != datasets.digest:
         refused.append("other images")
     for name, value in vars(args).items():
         saved = checkpoint["args"].get(name)
@@ -844,7 +866,7 @@ def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
     if len(progress.history) >= args.epochs:
         print0(f"{out} is finished: best top-1 {progress.best_top1:.2f} %")
         return
-    lock = prepare_folder(out, args, is_new=checkpoint is None)
+    prepare_folder(out, args, is_new=checkpoint is None)
     loader = data.make_train_loader(datasets.train, args, trainer.share)
     val_loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -873,8 +895,6 @@ def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
             if is_best:
                 trainer.save(out / "best.pt", progress, identity)
             save_last()
-    if lock is not None:
-        lock.close()
     print0(f"finished: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %; see {out}")
     print0(f"to draw the aligned labels: python experiments/picture.py {out}/best.pt")
 
@@ -907,33 +927,13 @@ def check_same_step(step, out):
 
 
 def prepare_folder(out, args, is_new):
-    """Create and lock a run's folder. A new run removes the files of an older one. Returns the
-    lock, see `lock_folder`. Raises UserError."""
+    """Write config.json. A new run removes the files of an older one."""
     if get_rank() != 0:
-        return None
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(out)
-        if is_new:
-            for name in ("last.pt", "best.pt", "metrics.jsonl"):
-                (out / name).unlink(missing_ok=True)
-        write_text(out / "config.json", json.dumps(vars(args), indent=2))
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error}") from error
-    return lock
-
-
-def lock_folder(out):
-    """A file in a run's folder that is locked until it is closed or the process ends. Raises
-    UserError if another run has locked it."""
-    lock = open(out / "lock", "w")
-    try:
-        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"another run is using --out {out}: choose another folder") from error
-    except OSError:
-        pass  # a file system without locks
-    return lock
+        return
+    if is_new:
+        for name in ("last.pt", "best.pt", "metrics.jsonl"):
+            (out / name).unlink(missing_ok=True)
+    write_text(out / "config.json", json.dumps(vars(args), indent=2))
 
 
 def main(argv=None):
@@ -967,6 +967,7 @@ def run(argv):
         if args.eval:
             load_weights(model, args.eval, datasets.classes)
         else:
+            lock = lock_folder(args.out)  # until the run ends
             checkpoint = find_checkpoint(args, datasets)
             if args.finetune and checkpoint is None:
                 load_weights(model, args.finetune, datasets.classes, new_head=True)
@@ -978,6 +979,7 @@ def run(argv):
         settings = {name: value for name, value in vars(args).items() if value is not None}
         print0("  ".join(f"{name} {value}" for name, value in settings.items()))
         train(args, datasets, model, checkpoint=checkpoint)
+        lock.close()
 
 
 if __name__ == "__main__":

@@ -222,7 +222,7 @@ def test_torchrun_restarts_killed_processes_and_stops_at_a_signal(fork, start, f
     args = ("--data", folder, *RUN, *LARGE, "--workers", 0, "--batch-size", 4, "--save-minutes", 0)
     # Without this variable, a group that is restarted may not get its port again.
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    run = start(2, *args, "--out", "run", restarts=1, env=env)
+    run = start(2, *args, "--out", "run", "--no-resume", restarts=1, env=env)
     wait_for(lambda: saved_step(tmp_path / "run") > 0, run)
     os.kill(children(run.pid)[-1], signal.SIGKILL)
     wait_for(lambda: re.search("resuming after step .* step 8/18", read_log(run), re.DOTALL), run)

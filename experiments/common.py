@@ -1,0 +1,324 @@
+"""What the experiments share: runs side by side, each done once, and how results are shown.
+
+A run is `train.train` in a folder of its own under --runs. The same command continues where it was
+stopped: a finished run is not repeated, and one with other settings or images is never taken for
+it, see `train.find_checkpoint`.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import signal
+import statistics
+import sys
+import threading
+from contextlib import redirect_stdout
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+from torch.utils.data import Subset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for all experiments
+import data  # noqa: E402
+import train  # noqa: E402
+from data import UserError  # noqa: E402
+
+# ------------------------------------------------------------------------------------------------
+# The command line.
+
+
+def make_parser(doc):
+    """A parser of the flags that most experiments have. Change their defaults by `set_defaults`."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    count = train.number(int, 1)
+    count_or_all = train.number(int, 0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--data", default="shapes", help="as for train.py [shapes]")
+    add("--root", default="data", help="folder of torchvision's datasets [data]")
+    add("--models", nargs="+", default=["vit_micro", "swin_micro"], help="[vit_micro swin_micro]")
+    add("--images", type=count_or_all, default=60, help="training images of a seed; 0: all [60]")
+    add("--passes", type=count, default=100, help="over the images in each epoch [100]")
+    add("--epochs", type=count, default=1, help="each ends with an evaluation [1]")
+    add("--batch-size", type=count, default=30)
+    add("--val-images", type=count_or_all, default=0, help="0: all [0]")
+    add("--seeds", type=count, default=3, help="number of seeds, from 0 [3]")
+    add("--jobs", type=train.number(int, 0), help="side by side; 0: none in a process of its own")
+    add("--device", default=device, choices=["cpu", "cuda"])
+    add("--runs", default="runs/experiments", help="folder of runs and results")
+    return parser
+
+
+def main(function):
+    """Run a script. What the user gave and cannot be used ends it in one line and status 2."""
+    try:
+        function()
+    except UserError as error:
+        message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped: the same command continues", file=sys.stderr)
+        sys.exit(130)
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs.
+
+
+def choose(dataset, num_images, *name):
+    """The indices of images chosen at random, by a generator of that name; 0 chooses all."""
+    order = torch.randperm(len(dataset), generator=data.generator("chosen", *name)).tolist()
+    return order[: num_images or None]
+
+
+def choose_images(datasets, args, seed):
+    """--images training images that the seed draws, each --passes times in an epoch, and
+    --val-images validation images, the same for every seed."""
+    indices = choose(datasets.train, args.images, seed) * args.passes
+    val_indices = choose(datasets.val, args.val_images, "val")
+    return datasets._replace(
+        train=Subset(datasets.train, indices), val=Subset(datasets.val, val_indices)
+    )
+
+
+def make_settings(args, datasets, model, seed, out, **changes):
+    """The complete settings of a run, as train.py has them, for the flags of an experiment.
+
+    datasets: those of the run, from `choose_images`. model: one of train.MODELS. changes: settings
+    that differ, such as targets="area", and what else tells the run from others.
+    Raises UserError.
+    """
+    if model not in train.MODELS:
+        raise UserError(f"--models {model}: expected some of {', '.join(train.MODELS)}")
+    words = ["--data", args.data, "--root", args.root, "--model", model]
+    words += ["--seed", str(seed), "--device", args.device, "--out", str(out)]
+    settings = train.parse_args(words)
+    settings.epochs = args.epochs
+    settings.mix_prob = 1.0
+    image_size = data.median_size(datasets.train)
+    if image_size <= data.SMALL_SIZE:
+        settings.batch_size = args.batch_size
+        settings.workers = 0
+        is_micro = model.endswith("micro")
+        settings.lr = 3e-3 if is_micro else 1e-3 * args.batch_size / 128
+        settings.clip_grad = 5.0 if model.startswith("swin") else 0.0
+    vars(settings).update(changes)
+    train.fill_defaults(settings, image_size, len(datasets.train), datasets.hflip)
+    train.check_args(settings, len(datasets.train))
+    return settings
+
+
+def is_finished(settings, datasets):
+    """Whether the run in --out has trained all epochs. Raises UserError if it is another run."""
+    checkpoint = train.find_checkpoint(settings, datasets)
+    return checkpoint is not None and len(checkpoint["progress"]["history"]) == settings.epochs
+
+
+def train_run(settings, datasets, loss=train.mixed_loss, model=None):
+    """Train a run, or continue it. A finished one is only loaded. Returns the trained model."""
+    if model is None:
+        model = train.build_model(settings, len(datasets.classes))
+    checkpoint = train.find_checkpoint(settings, datasets)
+    train.train(settings, datasets, model, loss, checkpoint)
+    return model.eval()
+
+
+def load_run(settings, datasets, model=None):
+    """The model of a finished run, in evaluation mode, without gradients."""
+    if model is None:
+        model = train.build_model(settings, len(datasets.classes))
+    train.load_weights(model, Path(settings.out, "last.pt"), datasets.classes)
+    return model.to(settings.device).eval().requires_grad_(False)
+
+
+def read_metrics(folder):
+    """The lines of a run's metrics.jsonl, a dict per epoch."""
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes.
+
+
+def run_jobs(function, jobs, num_processes=None, is_done=None):
+    """Call function(job) for every job that is not done, in the order of the list.
+
+    jobs: tuples (folder, ...) of what can be pickled; what a job prints goes to folder/log.txt.
+    num_processes: how many processes, with one thread each, take jobs side by side; None: one per
+        core, or five on a GPU; 0: this process does all. is_done: a function of a job.
+
+    Ctrl-C and a job that fails end all processes; training saves a checkpoint first.
+    """
+    todo = [job for job in jobs if is_done is None or not is_done(job)]
+    print(f"{len(todo)} of {len(jobs)} runs to do", flush=True)
+    if num_processes is None:
+        num_processes = 5 if torch.cuda.is_available() else train.NUM_CPUS
+    if num_processes == 0:
+        for number, job in enumerate(todo, 1):
+            run_job(function, job, f"{number}/{len(todo)}")
+        return
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    for number, job in enumerate(todo, 1):
+        queue.put((job, f"{number}/{len(todo)}"))
+    processes = []
+    for _ in range(min(num_processes, len(todo))):
+        queue.put(None)  # ends a process
+        processes.append(context.Process(target=work, args=(function, queue)))
+    try:
+        for process in processes:
+            process.start()
+        wait_for(processes)
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                stop(process)
+        queue.cancel_join_thread()  # nobody reads the rest
+
+
+def wait_for(processes):
+    """Returns when all have ended. Exits with the status of the first that failed."""
+    running = list(processes)
+    while running:
+        wait([process.sentinel for process in running])
+        for process in running:
+            if process.exitcode:
+                sys.exit(max(1, process.exitcode))
+        running = [process for process in running if process.exitcode is None]
+
+
+def stop(process):
+    process.terminate()
+    process.join(timeout=60)
+    process.kill()
+    process.join()
+
+
+def work(function, queue):
+    """The life of a process: take jobs from the queue until it says None."""
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which then ends its children in order
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+
+    def take_jobs():
+        for job, number in iter(queue.get, None):
+            run_job(function, job, number)
+
+    main(take_jobs)
+
+
+def end_with_parent():
+    """A parent that was killed had no time to end its children: they would train beside those that
+    the same command starts."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_job(function, job, number):
+    folder = Path(job[0])
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "log.txt").open("a") as log, redirect_stdout(log):
+        function(job)
+    print(f"{number} {folder}", flush=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# What models answer.
+
+
+@torch.no_grad()
+def predict(model, dataset, settings):
+    """Logits (n, classes) and targets (n,) of a dataset's evaluation crops."""
+    logits, targets = [], []
+    for images, batch_targets in data.batches_on_device(
+        data.make_val_loader(dataset, settings), settings.device
+    ):
+        logits.append(model(data.normalize(images)))
+        targets.append(batch_targets)
+    return torch.cat(logits), torch.cat(targets)
+
+
+def calibration_error(logits, targets, num_bins=15):
+    """The expected calibration error in percent (Naeini et al. 2015): how far accuracy is from
+    confidence, in bins of equal width of the confidence, weighted by their images."""
+    confidence, top1 = logits.softmax(1).max(1)
+    bins = (confidence * num_bins).long().clamp(max=num_bins - 1)
+    gap = (top1 == targets).float() - confidence
+    gaps = torch.zeros(num_bins, device=gap.device).index_add(0, bins, gap)
+    return 100 * gaps.abs().sum().item() / len(targets)
+
+
+# ------------------------------------------------------------------------------------------------
+# Intervals, tables and charts.
+
+# The 97.5 % point of Student's t for 1, 2, ... degrees of freedom.
+STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
+
+
+def student(degrees):
+    """The 97.5 % point of Student's t; from ten degrees of freedom on its series, to 0.003."""
+    if degrees <= len(STUDENT):
+        return STUDENT[degrees - 1]
+    z = 1.959964  # of the normal distribution
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def interval(values):
+    """The mean and half of its 95 % interval, nan for a single value."""
+    n = len(values)
+    mean = statistics.fmean(values)
+    if n < 2:
+        return mean, math.nan
+    return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n)
+
+
+def paired_interval(a, b):
+    """The mean of a - b, pair by pair, and half of its 95 % interval."""
+    return interval([x - y for x, y in zip(a, b, strict=True)])
+
+
+def show_difference(a, b):
+    """`paired_interval` as text: +1.23 ± 0.45."""
+    mean, half = paired_interval(a, b)
+    return f"{mean:+.2f}" if math.isnan(half) else f"{mean:+.2f} ± {half:.2f}"
+
+
+def markdown_table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def write_results(name, text, folder="runs/experiments"):
+    """Print a text in Markdown and write it to folder/NAME.md."""
+    path = Path(folder, f"{name}.md")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    train.write_text(path, text)
+    print(f"\n{text}\nwritten to {path}", flush=True)
+
+
+def line_chart(path, x, lines, xlabel, ylabel, title=""):
+    """Draw lines to an image file where matplotlib is installed; a line says so where not.
+
+    x: numbers or names. lines: a dict of name: values, or name: (values, half-intervals).
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is not drawn: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for name, values in lines.items():
+        halves = None
+        if isinstance(values, tuple):
+            values, halves = values
+        axes.errorbar(x, values, halves, marker="o", markersize=4, capsize=3, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    axes.legend()
+    figure.savefig(path)

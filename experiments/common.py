@@ -116,7 +116,10 @@ def make_settings(args, datasets, model, seed, out, **changes):
 
 def is_finished(settings, datasets):
     """Whether the run in --out has trained all epochs. Raises UserError if it is another run."""
-    checkpoint = train.find_checkpoint(settings, datasets)
+    try:
+        checkpoint = train.find_checkpoint(settings, datasets)
+    except UserError as error:
+        raise UserError(f"{error}; in an experiment, give another --runs") from error
     return checkpoint is not None and len(checkpoint["progress"]["history"]) == settings.epochs
 
 

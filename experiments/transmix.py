@@ -1,19 +1,17 @@
 """TransMix, the usual comparison: the label of a mix follows the class token's last attention.
 
-Chen et al. 2022, arXiv 2111.09833. The loss is one for `train.train`, like `train.mixed_loss`.
-It reads the attention by a hook, so the model must not be compiled.
+Chen et al. 2022, arXiv 2111.09833. `transmix_loss` is a loss for `train.train`, in the place of
+`train.mixed_loss`. It reads the attention by a hook, so the model must not be compiled.
 """
 
 import contextlib
-import sys
-from pathlib import Path
 
 import torch
 from einops import rearrange
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import tl_align  # noqa: E402
-import train  # noqa: E402
+import common  # noqa: F401 (finds the modules below)
+import tl_align
+import train
 
 
 def transmix(labels, attention):
@@ -25,7 +23,8 @@ def transmix(labels, attention):
     to the patches, averaged over the heads. Returns (B, K).
     """
     weights = attention / attention.sum(-1, keepdim=True)
-    return (labels.mean(1) + torch.einsum("bn,bnk->bk", weights.to(labels.dtype), labels)) / 2
+    attended = torch.einsum("bn,bnk->bk", weights.to(labels.dtype), labels)
+    return (labels.mean(1) + attended) / 2
 
 
 @torch.no_grad()

@@ -1,0 +1,141 @@
+"""MLP-Mixer with token labels.
+
+Mixer (Tolstikhin et al. 2021, arXiv 2105.01601) has no attention: information moves between tokens
+in an MLP over the positions, W2 gelu(W1 x), which is the same for every image and every channel.
+Its activations differ from channel to channel, so the labels follow the weights alone: A is
+|W2| |W1| with rows scaled to sum to one, and Y = (Y + A @ Y) / 2 as after an attention. The head
+reads the average of all tokens, and so does the target.
+
+Parameters have timm's names, so timm's checkpoints load directly. Copy this file with `vit.py` and
+`tl_align.py`.
+"""
+
+from collections import OrderedDict
+
+import torch
+from einops import rearrange
+from torch import nn
+
+import tl_align
+import vit
+
+
+class Block(nn.Module):
+    """A layer with two MLPs: one over the positions of each channel, one over the channels of each
+    token. num_tokens: an MLP over positions is made for this many."""
+
+    def __init__(self, dim, num_tokens, drop_path=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp_tokens = mlp(num_tokens, dim // 2)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp_channels = mlp(dim, 4 * dim)
+        self.drop_path = vit.DropPath(drop_path)
+
+    def forward(self, x, labels=None, rand=(None, None)):
+        """x: (B, N, dim). labels: (B, N, K) or None. rand: for drop path, (B,) for each of the
+        two branches."""
+        mixed = self.mlp_tokens(self.norm1(x).mT).mT
+        mixed_labels = tl_align.attend(labels, self.mixing_matrix()[None])  # as of a single head
+
+        x = x + self.drop_path(mixed, rand[0])
+        labels = tl_align.residual(labels, mixed_labels)  # Y = (Y + A @ Y) / 2
+
+        x = x + self.drop_path(self.mlp_channels(self.norm2(x)), rand[1])
+        # The second MLP acts on each token separately: labels are unchanged.
+        return x, labels
+
+    @torch.no_grad()
+    def mixing_matrix(self):
+        """A = |W2| |W1|, (N, N), with rows that sum to one."""
+        w1 = self.mlp_tokens.fc1.weight.abs()  # (hidden, N)
+        w2 = self.mlp_tokens.fc2.weight.abs()  # (N, hidden)
+        with torch.autocast(w1.device.type, enabled=False):
+            matrix = w2 @ w1
+        return matrix / matrix.sum(1, keepdim=True)
+
+
+def mlp(width, hidden):
+    return nn.Sequential(
+        OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width))
+    )
+
+
+class Mixer(nn.Module):
+    """An image classifier that can propagate token labels.
+
+    Arguments and errors as for `vit.ViT`. Initial weights are PyTorch's defaults.
+    """
+
+    check_shapes = vit.ViT.check_shapes
+
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        num_classes=1000,
+        embed_dim=512,
+        depth=8,
+        drop_path_rate=0.0,
+    ):
+        super().__init__()
+        tl_align.check_tiling((img_size, img_size), patch_size)
+        self.img_size = img_size
+        self.patch_size = patch_size
+        self.grid_size = img_size // patch_size  # patches per side
+        self.depth = depth
+        patch_conv = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
+        self.stem = nn.Sequential(OrderedDict(proj=patch_conv))
+        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(Block(embed_dim, self.grid_size**2, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes)
+
+    def forward(self, images, labels=None, rand=None):
+        """Class logits and, if labels are given, the mean label of all tokens.
+
+        Arguments, shapes and errors as for `vit.ViT.forward`.
+        """
+        x, labels = self.embed(images, labels)
+        if rand is None:
+            block_rand = [(None, None)] * self.depth
+        else:
+            block_rand = rand.permute(1, 2, 0)  # (depth, 2, B)
+        for i, block in enumerate(self.blocks):
+            x, labels = block(x, labels, block_rand[i])
+        logits = self.head(self.norm(x).mean(1))
+        return logits if labels is None else (logits, labels.mean(1))
+
+    def embed(self, images, labels=None):
+        """Tokens (B, N, embed_dim) and their labels (B, N, K) before the first block."""
+        self.check_shapes(images, labels)
+        return rearrange(self.stem(images), "b d h w -> b (h w) d"), labels
+
+    def intermediate_labels(self, images, labels):
+        """The labels after the embedding and after every block, for inspection.
+
+        Returns a list of depth + 1 pairs: the labels as a map (B, H, W, K), and their mean (B, K).
+        """
+        x, labels = self.embed(images, labels)
+        layers = [labels]
+        for block in self.blocks:
+            x, labels = block(x, labels)
+            layers.append(labels)
+        return [(rearrange(y, "b (h w) k -> b h w k", h=self.grid_size), y.mean(1)) for y in layers]
+
+    def convert_state_dict(self, state):
+        """timm's checkpoints fit as they are, for images of their size."""
+        return dict(state)
+
+
+# Keyword arguments replace these sizes and are otherwise those of `Mixer`.
+
+
+def mixer_small(**kwargs):
+    """18.5 million parameters."""
+    return Mixer(**{"embed_dim": 512, "depth": 8, **kwargs})
+
+
+def mixer_micro(**kwargs):
+    """0.2 million parameters, small enough to train on a laptop's CPU."""
+    return Mixer(**{"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, **kwargs})

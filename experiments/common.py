@@ -286,10 +286,16 @@ def paired_interval(a, b):
     return interval([x - y for x, y in zip(a, b, strict=True)])
 
 
+def show(values, digits=2, sign=""):
+    """The interval of some values as text: 1.23 ± 0.45; of one, the value. sign: "+" shows it."""
+    mean, half = interval(values)
+    text = f"{mean:{sign}.{digits}f}"
+    return text if math.isnan(half) else f"{text} ± {half:.{digits}f}"
+
+
 def show_difference(a, b):
-    """`paired_interval` as text: +1.23 ± 0.45."""
-    mean, half = paired_interval(a, b)
-    return f"{mean:+.2f}" if math.isnan(half) else f"{mean:+.2f} ± {half:.2f}"
+    """The paired interval of a - b as text: +1.23 ± 0.45."""
+    return show([x - y for x, y in zip(a, b, strict=True)], sign="+")
 
 
 def markdown_table(header, rows):

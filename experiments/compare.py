@@ -89,18 +89,18 @@ def add_clutter(images, amount, part):
 
 
 def object_share(objects, mask):
-    """The pasted image's share of the object pixels that a mix shows, (B, 1); the area's where it
-    shows none.
+    """The pasted image's share of the object pixels that a mix shows, (B, 1); nan where it shows
+    none.
 
     objects: (B, 1, H, W), 1 on the object of each image, else 0. mask: (B, 1, H, W), of the mix.
     """
     own = (objects * (1 - mask)).sum((2, 3))
     pasted = (tl_align.partner(objects) * mask).sum((2, 3))
-    return torch.where(own + pasted > 0, pasted / (own + pasted), mask.mean((2, 3)))
+    return pasted / (own + pasted)
 
 
 class ObjectLoss:
-    """A loss for `train.train` whose target is `object_share`.
+    """A loss for `train.train` whose target is `object_share`, the area's where no object is seen.
 
     The trainer's images do not bring their masks. But the order and the crops of a loader depend
     on the seed, the epoch and the step only, so a second loader, of the masks, gives the crops of
@@ -128,6 +128,7 @@ class ObjectLoss:
         if not torch.equal(targets, mask_targets):
             raise ValueError("the masks are not those of the images: is there a --micro-batch?")
         share = object_share(masks[:, :1].float() / 255, mask)
+        share = torch.where(share.isnan(), mask.mean((2, 3)), share)
         logits = model(tl_align.mix(images, mask), rand=rand)
         return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
 

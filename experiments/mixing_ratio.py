@@ -1,240 +1,202 @@
-"""Whose image does the head really read? The shares that methods assign, held against the truth
-(the paper's Figure 4 and its token fluctuation).
+"""Whose image does the head really read? The shares that methods assign, and the truth (the
+paper's Figure 4 and its token fluctuation).
 
     python experiments/mixing_ratio.py                           # built-in images, minutes on a CPU
-    python experiments/mixing_ratio.py --data cifar10 --images 100 --batch-size 50  # of compare.py
+    python experiments/mixing_ratio.py --data cifar10 --images 100 --batch-size 50
 
-Validation images are mixed by CutMix and shown to models trained with the area target and with
-aligned ones: ViT, Swin, MLP-Mixer and ConvNeXt. Area, TransMix (ViT only), TL-Align and TL-Align
-with residuals weighed by norm each say what share of the mix is the pasted image's, TL-Align after
-every layer, as the head would read it there. Two truths:
+Validation images are mixed by CutMix and shown to models that compare.py trains with the area
+target and with aligned ones. Area, TransMix (ViT only) and TL-Align, after every layer as the head
+would read it there, each say what share of a mix is the pasted image's. Two truths:
 
-    influence   The share of the pasted image in what the head's answer owes to both. Either source
-                is taken away by putting the mean patch in the place of its patches; a source's
-                worth is its Shapley value over the four combinations, a vector of logits,
+    influence   its share of what the logits owe to both images. An image is taken away by putting
+                the mean patch in the place of its patches; its worth is its Shapley value, a vector
+                of logits,
                     phi_2 = (v(2) - v() + v(1, 2) - v(1)) / 2,    likewise phi_1,
-                and the share is |phi_2| / (|phi_1| + |phi_2|), with the Euclidean norm.
-    objects     For the built-in images, whose objects are known: the pasted object's visible
-                pixels, as a share of those of both objects. Mixes that show neither are left out.
+                and the share is |phi_2| / (|phi_1| + |phi_2|), with the Euclidean norm
+    objects     for the built-in images: its share of the object pixels that the mix shows
 
-For each: mean absolute error, and Spearman's rank correlation over the mixes, as the mean over
-seeds, with 95 % intervals by bootstrap over pairs of images. Beyond the area: the correlation of
-what a method adds to the area's share with what the influence adds, and the factor on the former
-that fits the latter best: below one, a method leaves the area in the right direction but too far.
-Fluctuation is how far a token's label is, on average, from the share of its own pixels.
+Error is the mean absolute difference from the truth; rank correlation is Spearman's over the mixes.
+Beyond the area: r is the correlation of what a method adds to the area's share with what the
+influence adds, and factor the number that fits the latter best when multiplied by the former.
+Fluctuation is how far a token's label is from the share of its own pixels, on average. ± is half of
+a 95 % interval over seeds.
 """
 
-import contextlib
 import itertools
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-import runs
-import tl_align  # on the path that `models` has set
+import common
+import compare
+import data
+import tl_align
 import transmix
-import weighing
-from runs import data
 
-MODELS = ["vit_micro", "swin_micro", "mixer_micro", "convnext_micro"]
 TRAINED = ("area", "TL-Align")
-SPREAD = "in brackets 95 % intervals by bootstrap over pairs of images"
-RULES = {
-    "TL-Align": contextlib.nullcontext,
-    "TL-Align, norm": lambda model: weighing.by(model, "norm"),
-}
 
 
-def validation(sets, s, n):
-    """The first n validation images, (n, 3, S, S) normalised."""
-    return data.normalize(runs.crops_of(sets.val, s.img_size, range(n)))
+def influence(model, mixed, owners, blanks):
+    """The share of each of K sources in what the logits owe to all, (B, K), rows summing to one.
+
+    mixed: (B, 3, S, S). owners: (B, K, 1, S, S), 1 where a pixel is the source's, else 0. blanks:
+    images (1 or B, 3, S, S) that stand for what is taken away; logits are averaged over them.
+    """
+    num_sources = owners.shape[1]
+    value = {}  # the logits, by the sources that are shown
+    for size in range(num_sources + 1):
+        for shown in itertools.combinations(range(num_sources), size):
+            kept = owners[:, list(shown)].sum(1)
+            logits = [model(torch.lerp(blank, mixed, kept)) for blank in blanks]
+            value[frozenset(shown)] = torch.stack(logits).mean(0)
+    norms = []
+    for source in range(num_sources):
+        worth = 0
+        for shown in value:
+            if source not in shown:
+                weight = num_sources * math.comb(num_sources - 1, len(shown))
+                worth = worth + (value[shown | {source}] - value[shown]) / weight
+        norms.append(worth.norm(dim=1))
+    return F.normalize(torch.stack(norms, dim=1), p=1)
 
 
-def influence(model, mixed, owners, instead):
-    """The first truth, for K sources: (B, K), rows summing to one. mixed: (B, 3, S, S). owners: one
-    where a pixel is the source's, else zero, (B, K, 1, S, S). instead: what stands for a source
-    that is taken away, images (1 or B, 3, S, S), over which the logits are averaged."""
-    sources = range(owners.shape[1])
-    subsets = [s for size in range(len(sources) + 1) for s in itertools.combinations(sources, size)]
-    value, worth = {}, []
-    for s in subsets:
-        kept = owners[:, list(s)].sum(1)
-        value[s] = sum(model(torch.lerp(image, mixed, kept)) for image in instead) / len(instead)
-    for k in sources:
-        gains = [
-            (value[tuple(sorted((*s, k)))] - value[s]) / math.comb(len(sources) - 1, len(s))
-            for s in subsets
-            if k not in s
+def mean_patch(images, patch_size):
+    """An image (1, 3, S, S) whose every patch is the mean patch of images (B, 3, S, S)."""
+    patches = rearrange(images, "b c (h p) (w q) -> (b h w) c p q", p=patch_size, q=patch_size)
+    num_patches = images.shape[-1] // patch_size
+    return patches.mean(0, keepdim=True).repeat(1, 1, num_patches, num_patches)
+
+
+@torch.no_grad()
+def look(model, mixed, mask, blank):
+    """What methods say of mixed images (n, 3, S, S), mask (n, 1, S, S), and the influence: a dict
+    of (n,), by (method, layer). blank: see `influence`."""
+    labels = tl_align.token_labels(mask, model.patch_size)
+    found = {("area", ""): labels.mean((1, 2))}
+    if hasattr(model, "cls_token"):
+        with transmix.record_class_attention(model) as attention:
+            model(mixed)
+        found["TransMix", ""] = transmix.transmix(labels, attention[0])[:, 0]
+    layers = model.intermediate_labels(mixed, labels)
+    for layer, (tokens, read) in enumerate(layers[1:], 1):
+        found["TL-Align", layer] = read[:, 0]
+        pixels = F.adaptive_avg_pool2d(mask, tokens.shape[1:3])[:, 0]  # (n, H, W)
+        found["fluctuation", layer] = (tokens[..., 0] - pixels).abs().mean((1, 2))
+    owners = torch.stack([1 - mask, mask], dim=1)
+    found["influence", ""] = influence(model, mixed, owners, [blank])[:, 1]
+    return found
+
+
+def look_at_runs(jobs, num_mixes):
+    """`look` at the same mixes with the models of some runs: a dict of (seeds, n) on the CPU. With
+    the share of objects, for the built-in images."""
+    settings, datasets = jobs[0][1], compare.run_datasets(jobs[0])
+    n = min(num_mixes, len(datasets.val)) // 2 * 2
+    crops = [data.center_crop(datasets.val[i][0], settings.img_size) for i in range(n)]
+    images = data.normalize(torch.stack(crops))
+    rand = data.uniform((n, 3), "mixing ratio")
+    mask = tl_align.cutmix_mask(rand, images.shape[-2:], settings.patch_size)
+    batches = list(zip(tl_align.mix(images, mask).split(200), mask.split(200), strict=True))
+    blank = mean_patch(images, settings.patch_size).to(settings.device)
+    runs = []
+    for job in jobs:
+        model = common.load_run(job[1], datasets)
+        looks = [
+            look(model, x.to(settings.device), m.to(settings.device), blank) for x, m in batches
         ]
-        worth.append(sum(gains).norm(dim=1))
-    return F.normalize(torch.stack(worth, dim=1), p=1)
+        runs.append({key: torch.cat([found[key] for found in looks]).cpu() for key in looks[0]})
+    found = {key: torch.stack([run[key] for run in runs]) for key in runs[0]}
+    if settings.data == "shapes":
+        masks = data.shapes(data.SHAPES_VAL, "val")[2][datasets.val.indices[:n]]
+        found["objects", ""] = compare.object_share(masks[:, None].float(), mask).mT
+    return found
 
 
-def mean_patch(images, s):
-    """The mean patch of images, all over one: (1, 3, S, S)."""
-    mean = rearrange(
-        images, "b c (h p) (w q) -> c p q (b h w)", p=s.patch_size, q=s.patch_size
-    ).mean(-1)
-    return mean.repeat(1, 1, s.img_size // s.patch_size, s.img_size // s.patch_size)
+def errors(said, true):
+    """The mean absolute error of each seed. said: (seeds, n). true: (seeds or 1, n), nan where
+    there is no truth."""
+    return (said - true).abs().nanmean(1).tolist()
 
 
-def shown(images, owners):
-    """What a mix of K neighbours shows of each, its own part first: (B, K, C, S, S). images: (B, C,
-    S, S). owners: (B, K, 1, S, S)."""
-    of = images.unflatten(0, (-1, owners.shape[1]))
-    return (
-        torch.stack([of.roll(-k, dims=1).flatten(0, 1) for k in range(of.shape[1])], dim=1) * owners
-    )
-
-
-def objects(masks, owners):
-    """The second truth: (B,), nan where no object is seen. masks: of the objects, (B, 1, S, S)."""
-    seen = shown(masks, owners).sum((2, 3, 4))
-    return seen[:, 1] / seen.sum(1)
-
-
-def look(model, images, mask, s):
-    """What each method says of each mix, {(method, layer): (n,)}, the influence, (n,), and how far
-    labels have moved, {(method, layer): mean}."""
-    said, true, moved = {}, [], {}
-    mean = mean_patch(images, s)
-    for x, m in zip(tl_align.mix(images, mask).split(200), mask.split(200), strict=False):
-        x, m, mean = (t.to(s.device) for t in (x, m, mean))
-        labels = tl_align.token_labels(m, s.patch_size)
-        found = {("area", ""): labels.mean((1, 2))}
-        if runs.has_class_token(s.model):
-            with transmix.record_class_attention(model) as attention:
-                model(x)
-            found["TransMix", ""] = transmix.transmix(labels, attention[0])[:, 0]
-        for method, rule in RULES.items():
-            with rule(model):
-                layers = model.intermediate_labels(x, labels)
-            for layer, (tokens, read) in enumerate(layers[1:], 1):
-                found[method, layer] = read[:, 0]
-                pixels = F.adaptive_avg_pool2d(m, tokens.shape[1:3])[:, 0]
-                moved.setdefault((method, layer), []).append(
-                    (tokens[..., 0] - pixels).abs().mean().item()
-                )
-        for key, share in found.items():
-            said.setdefault(key, []).append(share.cpu())
-        true.append(influence(model, x, torch.stack([1 - m, m], dim=1), [mean])[:, 1].cpu())
-    moved = {key: sum(values) / len(values) for key, values in moved.items()}
-    return {key: torch.cat(shares) for key, shares in said.items()}, torch.cat(true), moved
+def rank_correlations(said, true):
+    """Spearman's rank correlation of each seed, arguments as for `errors`."""
+    true = true.expand_as(said)
+    seen = ~true.isnan().any(0)
+    return correlations(ranks(said[:, seen]), ranks(true[:, seen]))
 
 
 def ranks(x):
-    """The rank of each number along the last axis; equal ones share theirs."""
-    return (x[..., :, None] > x[..., None, :]).sum(-1) + (x[..., :, None] == x[..., None, :]).sum(
-        -1
-    ) / 2
+    """The rank of each number in its row; equal ones share theirs."""
+    below = (x[:, :, None] > x[:, None, :]).sum(-1)
+    equal = (x[:, :, None] == x[:, None, :]).sum(-1)
+    return below + equal / 2
 
 
-def scores(said, true, group=2, resamples=1000):
-    """Error and rank correlation, each as (value, low, high), of shares (seeds, n) against the
-    truth. group: how many neighbours are mixes of the same images, and are drawn together."""
-    n = true.shape[1]
-    drawn = torch.randint(
-        n // group, (resamples, n // group), generator=data.generator("bootstrap")
-    )
-    times = torch.zeros(resamples, n // group).scatter_add(1, drawn, torch.ones(drawn.shape))
-    weight = torch.cat(
-        [torch.ones(1, n), times.repeat_interleave(group, dim=1)]
-    )  # as it is, then drawn
-    seen = ~(said + true).isnan().any(0)
-    weight = (weight[:, seen] / weight[:, seen].sum(1, keepdim=True)).double()
-
-    def mean(x):  # (seeds, n) to (1 + resamples, seeds)
-        return weight @ x.double().T
-
-    said, true = said[:, seen], true[:, seen]
-    a, b = (r - r.mean(1, keepdim=True) for r in (ranks(said), ranks(true)))
-    covariance = mean(a * b) - mean(a) * mean(b)
-    correlation = covariance / ((mean(a * a) - mean(a) ** 2) * (mean(b * b) - mean(b) ** 2)).sqrt()
-    for values in (mean((said - true).abs()).mean(1), correlation.mean(1)):
-        yield values[0].item(), *values[1:].quantile(torch.tensor([0.025, 0.975]).double()).tolist()
+def correlations(a, b):
+    """Pearson's, of each seed."""
+    return [torch.corrcoef(torch.stack(pair))[0, 1].item() for pair in zip(a, b, strict=True)]
 
 
-def cell(value, low, high):
-    """A score and its interval as text."""
-    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+def beyond_area(found, key):
+    """The correlation and the factor, see the top; means over seeds."""
+    added = found[key] - found["area", ""]
+    wanted = found["influence", ""] - found["area", ""]
+    factors = (added * wanted).mean(1) / (added**2).mean(1)
+    r = torch.tensor(correlations(added, wanted))
+    return [f"{r.mean():.2f}", f"{factors.mean():.2f}"]
 
 
-def beyond(said, true, area):
-    """Correlation of said - area with true - area, and the factor that fits, of shares (seeds,
-    n)."""
-    a, b = said - area, true - area
-    r = torch.stack([torch.corrcoef(torch.stack(pair))[0, 1] for pair in zip(a, b, strict=False)])
-    return r.mean().item(), ((a * b).mean(1) / (a * a).mean(1)).mean().item()
+def make_row(found, key, truths):
+    """The scores of a method and a layer."""
+    row = list(key)
+    for truth in truths:
+        for score in (errors, rank_correlations):
+            row.append(common.show(score(found[key], found[truth, ""]), digits=3))
+    row += beyond_area(found, key) if key[0] != "area" else ["", ""]
+    is_layer = key[0] == "TL-Align"
+    return [*row, f"{found['fluctuation', key[1]].mean():.2f}" if is_layer else ""]
+
+
+def draw(path, found, title):
+    """A chart of the error of the influence after each layer."""
+    last = max(layer for method, layer in found if method == "TL-Align")
+    lines = {}
+    for method in ("area", "TransMix", "TL-Align"):
+        keys = [(method, layer) for layer in range(1, last + 1)]
+        keys = [key if key in found else (method, "") for key in keys]
+        if keys[0] in found:
+            scores = [common.interval(errors(found[key], found["influence", ""])) for key in keys]
+            lines[method] = tuple(zip(*scores, strict=True))
+    common.line_chart(path, range(1, last + 1), lines, "layer", "error of the share", title)
 
 
 def main():
-    parser = runs.arguments(__doc__, models=MODELS)
+    parser = compare.make_parser(__doc__)
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
-    args = runs.parsed(parser)
-    sets = runs.open_part(args)
-    n = min(args.mixes, len(sets.val)) // 2 * 2
-    trained_by = {
-        (model, trained): [
-            runs.settings(args, sets, model, trained, seed) for seed in range(args.seeds)
-        ]
-        for model in args.models
-        for trained in TRAINED
-    }
-    runs.train_all([(s, sets) for seeds in trained_by.values() for s in seeds], args)
+    args = parser.parse_args()
+    truths = ["influence", "objects"] if args.data == "shapes" else ["influence"]
+    jobs = compare.make_jobs(args, TRAINED)
+    common.run_jobs(compare.train_job, list(jobs.values()), args.jobs, compare.is_done)
 
-    last, layers, panels = [], [], []
-    for (model, trained), seeds in trained_by.items():
-        images, rand = validation(sets, seeds[0], n), data.uniform((n, 3), "mixing ratio")
-        mask = tl_align.cutmix_mask(rand, images.shape[-2:], seeds[0].patch_size)
-        looks = [look(runs.model_of(s, sets), images, mask, s) for s in seeds]
-        truths = {"influence": torch.stack([true for _, true, _ in looks])}
-        if args.data == "shapes":
-            masks = data.shapes(data.SHAPES_VAL, "val")[2][sets.val.indices[:n], None].float()
-            truths["objects"] = objects(masks, torch.stack([1 - mask, mask], dim=1)).expand(
-                args.seeds, -1
-            )
-        depth = max(layer for _, layer in looks[0][2])
-        area, found = torch.stack([said["area", ""] for said, _, _ in looks]), {}
-        for key in looks[0][0]:
-            said = torch.stack([said[key] for said, _, _ in looks])
-            found[key] = {name: [*scores(said, true)] for name, true in truths.items()}
-            moved = [m[key] for _, _, m in looks if key in m]
-            both = [score for truth in found[key].values() for score in truth]
-            cells = [cell(*score) for score in both]
-            more = [*beyond(said, truths["influence"], area)]
-            more.append(sum(moved) / len(moved) if moved else math.nan)
-            row = [
-                model,
-                trained,
-                *key,
-                *cells,
-                *("" if math.isnan(v) else f"{v:.2f}" for v in more),
-            ]
-            layers.append(row)
-            last += [row[:3] + row[4:]] * (key[1] in ("", depth))
-        print(f"{model} trained with {trained}: looked at {n} mixes", flush=True)
-        for truth in truths:
-            series = {
-                method: [
-                    found.get((method, at), found.get((method, "")))[truth][0]
-                    for at in range(1, depth + 1)
-                ]
-                for method in dict.fromkeys(method for method, _ in found)
-            }
-            title = f"{model} trained with {trained}: {truth}"
-            panels.append((title, [str(at) for at in range(1, depth + 1)], series))
-    head = ["model", "trained with", "method", "layer"]
-    head += [f"{truth}: {what}" for truth in truths for what in ("error", "rank correlation")]
-    head += ["beyond the area: r", "factor", "fluctuation"]
-    text = runs.table(head[:3] + head[4:], last)
-    text += f"\n{n} mixes of validation images of {args.data}.{runs.made_of(args, sets, SPREAD)}\n"
-    label = "error of the share, after each layer; less is better"
-    more = "\nAfter each layer:\n\n" + runs.table(head, layers)
-    chart = runs.chart(panels, label, columns=len(truths) * len(TRAINED))
-    runs.write(args, "mixing_ratio", text, chart, more)
+    rows = []
+    for model, trained in itertools.product(args.models, TRAINED):
+        own = [jobs[model, trained, seed] for seed in range(args.seeds)]
+        found = look_at_runs(own, args.mixes)
+        for key in found:
+            if key[0] in ("area", "TransMix", "TL-Align"):
+                rows.append([model, trained, *make_row(found, key, truths)])
+        path = Path(args.runs, f"mixing_ratio-{model}-{trained}.png")
+        draw(path, found, f"{model} trained with {trained}")
+    header = ["model", "trained with", "method", "layer"]
+    header += [f"{truth}: {score}" for truth in truths for score in ("error", "rank correlation")]
+    text = common.markdown_table([*header, "beyond the area: r", "factor", "fluctuation"], rows)
+    num_mixes = found["influence", ""].shape[1]
+    text += f"\n{num_mixes} mixes; {args.seeds} seeds. {compare.describe(args)}\n"
+    common.write_results("mixing_ratio", text, args.runs)
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    common.main(main)

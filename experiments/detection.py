@@ -1,332 +1,327 @@
 """What is a backbone trained with aligned targets worth for object detection? (the paper's Table 4)
 
     python experiments/detection.py                             # built-in scenes, minutes on a CPU
-    torchrun --nproc-per-node 8 experiments/detection.py --data /coco --workers 4 \\
-        --checkpoints area/best.pt tl_align/best.pt             # the first is the baseline
+    torchrun --nproc-per-node 8 experiments/detection.py --data /coco --size 1024 --workers 4 \\
+        --checkpoints area/best.pt tl_align/best.pt
 
-As `segmentation.py`, with torchvision's Faster R-CNN, and Mask R-CNN where objects have masks, on a
-feature pyramid over the backbone's levels; scored by COCO's average precision of boxes. With --data
-ROOT and --checkpoints, by the recipe of the paper's baseline: 12 epochs of 16 images whose shorter
-side is 480 to 800 px. ROOT is laid out as COCO (annotations/instances_train*.json and
-instances_val*.json, with the images in the folder that follows "instances_"), or as VOC
-(ImageSets/Main, JPEGImages, Annotations).
+As segmentation.py, with torchvision's Mask R-CNN on a feature pyramid, or Faster R-CNN where
+objects have no polygons, scored by COCO's average precision of boxes. --data has a file of COCO's
+form for each part, annotations/instances_{train,val}*.json or {train,val}.json, and the images in
+a folder of the same name without "instances_". They are resized into a square of --size. From 256
+px on passes, batch size and learning rate are those of the paper's baseline on COCO.
 """
 
 import collections
 import functools
-import io
-import itertools
-import math
+import json
+from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
 from torch import nn
+from torch.utils.data import Dataset
 from torchvision import ops, tv_tensors
-from torchvision.models import detection
+from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import TwoMLPHead
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.image_list import ImageList
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.transforms import v2
-from torchvision.utils import draw_bounding_boxes, save_image
 
-import annotated
+import common
+import data
 import dense
-import runs
-from runs import data, script
+import train
+from data import UserError
 
-LARGE = {"size": 800, "batch_size": 16, "lr": 1e-4, "weight_decay": 0.05, "warmup": 1000}
-LARGE |= {"drops": [8 / 12, 11 / 12], "shortest": 480, "width": 256, "anchor": 8}
-SMALL = {"size": 64, "steps": 180, "batch_size": 8, "lr": 1e-3, "weight_decay": 0.05, "warmup": 20}
-SMALL |= {"drops": [8 / 12, 11 / 12], "shortest": 64, "width": 32, "anchor": 4, "masks": True}
+# width: of the pyramid. anchor: the side of an anchor in units of its map's stride. min_scale: of
+# an image relative to the largest that fits. options: of torchvision's detectors.
+SMALL = {"passes": 5, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.05, "warmup_steps": 1000}
+SMALL |= {"width": 32, "anchor": 4, "min_scale": 1.0}
+SMALL["options"] = {"rpn_post_nms_top_n_train": 125, "box_batch_size_per_image": 32}
+SMALL["options"] |= {"rpn_post_nms_top_n_test": 60}
+LARGE = {"passes": 12, "batch_size": 16, "lr": 1e-4, "weight_decay": 0.05, "warmup_steps": 1000}
+LARGE |= {"width": 256, "anchor": 8, "min_scale": 0.6, "options": {}}
 
-
-# --- The model.
-
-
-class Pyramid(nn.Module):
-    """A backbone's levels as torchvision's detectors want them: maps of one width, by name."""
-
-    def __init__(self, s):
-        super().__init__()
-        self.levels, self.out_channels, self.names, self.bf16 = dense.Levels(s), s.width, (), False
-        more = ops.feature_pyramid_network.LastLevelMaxPool()
-        self.fpn = ops.FeaturePyramidNetwork(self.levels.channels, s.width, more)
-
-    def forward(self, images):
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.bf16):
-            maps = self.levels(images, self.names)
-            maps = self.fpn(collections.OrderedDict((str(i), m) for i, m in enumerate(maps)))
-        return {
-            name: m.float() for name, m in maps.items()
-        }  # boxes take their type, and bf16 is too coarse
-
-
-class Sampler(detection._utils.BalancedPositiveNegativeSampler):
-    """torchvision's choice of what losses look at, by each image's own random numbers, and of how
-    many it is: so the mean of a loss can be taken over the images of all processes."""
-
-    names = ()
-
-    def __call__(self, matched):
-        choose, chosen = super().__call__, []
-        for name, one in zip(self.names, matched, strict=True):
-            with torch.random.fork_rng([one.device] if one.is_cuda else []):
-                torch.manual_seed(data.generator(*name, "sample").initial_seed())
-                chosen.append([mask for (mask,) in choose([one])])
-        positive, negative = map(list, zip(*chosen, strict=False))
-        self.positive, self.all = (
-            sum(int(m.sum()) for m in ms) for ms in (positive, positive + negative)
-        )
-        return positive, negative
+# ------------------------------------------------------------------------------------------------
+# The model.
 
 
 class Detector(nn.Module):
-    """Faster R-CNN, or Mask R-CNN where objects have masks (s.masks), on a backbone's levels.
-    Images are padded to the largest of a batch: where their sizes differ, what one process holds
-    has an effect."""
+    """A backbone, a feature pyramid, and the heads of torchvision's Faster R-CNN or Mask R-CNN."""
 
-    def __init__(self, s, classes):
+    def __init__(self, settings, num_classes, has_masks):
         super().__init__()
-        torch.manual_seed(s.seed)
-        body = Pyramid(s)
-        strides = body.levels.strides
-        anchors = [(s.anchor * stride,) for stride in (*strides, 2 * strides[-1])]
-        names = [str(i) for i in range(len(strides))]
-        # Of small images a sixteenth of torchvision's candidates, and one sample for each cell of
-        # theirs.
-        few, samples = (1, 2) if s.size > data.SMALL_SIZE else (16, 1)
+        self.encoder = dense.Backbone(settings)
+        self.depth = self.encoder.model.depth
+        width = settings.width
+        last_level = ops.feature_pyramid_network.LastLevelMaxPool()
+        fpn = ops.FeaturePyramidNetwork(self.encoder.channels, width, last_level)
+        fpn.out_channels = width
+        strides = [*self.encoder.strides, 2 * self.encoder.strides[-1]]
+        sizes = [(settings.anchor * stride,) for stride in strides]
         options = {
-            "rpn_anchor_generator": AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
-            "box_roi_pool": ops.MultiScaleRoIAlign(names, 7, samples),
-            "box_head": TwoMLPHead(s.width * 49, 4 * s.width),
-            "box_predictor": detection.faster_rcnn.FastRCNNPredictor(4 * s.width, classes + 1),
-            "rpn_pre_nms_top_n_train": 2000 // few,
-            "rpn_post_nms_top_n_train": 2000 // few,
-            "rpn_pre_nms_top_n_test": 1000 // few,
-            "rpn_post_nms_top_n_test": 1000 // few,
-            "box_batch_size_per_image": 512 // few,
-            "size_divisible": math.lcm(32, *strides, body.levels.backbone.patch_size),
-            "min_size": s.size,  # in training `prepared` has done it
-            "max_size": longest(s),
-            "_skip_resize": True,
+            "rpn_anchor_generator": AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * len(sizes)),
+            "box_predictor": FastRCNNPredictor(1024, num_classes + 1),  # and the background
+            **settings.options,
         }
-        if s.masks:
-            options["mask_roi_pool"] = ops.MultiScaleRoIAlign(names, 14, samples)
-            options["mask_head"] = detection.mask_rcnn.MaskRCNNHeads(s.width, (s.width,) * 4, 1)
-            options["mask_predictor"] = detection.mask_rcnn.MaskRCNNPredictor(
-                s.width, s.width, classes + 1
+        if has_masks:
+            options["mask_head"] = MaskRCNNHeads(width, [width] * 4, dilation=1)
+            options["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes + 1)
+        self.net = (MaskRCNN if has_masks else FasterRCNN)(fpn, **options)
+
+    def forward(self, images, rand=None, targets=None):
+        """images: (B, 3, S, S), normalized. targets: dicts of boxes, labels, crowd and masks.
+        Returns a dict of losses in training, else a dict of boxes, scores and labels an image."""
+        maps = self.net.backbone({str(i): x for i, x in enumerate(self.encoder(images, rand))})
+        maps = {name: x.float() for name, x in maps.items()}
+        images = ImageList(images, [tuple(images.shape[2:])] * len(images))
+        with torch.autocast(images.tensors.device.type, enabled=False):  # bf16 rounds boxes to 4 px
+            proposals, rpn_losses = self.net.rpn(images, maps, targets)
+            found, losses = self.net.roi_heads(maps, proposals, images.image_sizes, targets)
+        return {**rpn_losses, **losses} if self.training else found
+
+
+def loss(model, images, targets, mix_mask, rand, settings):
+    """The sum of the detector's losses. Crowds are not trained on. Labels start with 1, because 0
+    is the background."""
+    kept = []
+    for target in targets:
+        keep = ~target["crowd"]
+        kept.append({name: x[keep] for name, x in target.items()})
+        kept[-1]["labels"] = kept[-1]["labels"] + 1
+    return sum(model(images, rand, kept).values())
+
+
+# ------------------------------------------------------------------------------------------------
+# The data: images (3, H, W) uint8, and dicts as `dense.draw_scenes` gives them.
+
+
+class CocoFiles(Dataset):
+    """The images of a folder with the annotations of a file of COCO's form. Raises UserError."""
+
+    def __init__(self, path, folder):
+        try:
+            content = json.loads(path.read_text())
+            self.images = [
+                (folder / image["file_name"], image["id"]) for image in content["images"]
+            ]
+            categories = sorted(content["categories"], key=lambda category: category["id"])
+            self.classes = [category["name"] for category in categories]
+            self.labels = {category["id"]: i for i, category in enumerate(categories)}
+            self.annotations = collections.defaultdict(list)
+            for annotation in content["annotations"]:
+                if annotation["category_id"] not in self.labels or len(annotation["bbox"]) != 4:
+                    raise ValueError(f"annotation {annotation['id']} has no such category or box")
+                self.annotations[annotation["image_id"]].append(annotation)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            raise UserError(f"{path} is no file of COCO's annotations: {error!r}") from error
+        self.has_masks = all(
+            annotation.get("iscrowd") or isinstance(annotation.get("segmentation"), list)
+            for annotation in content["annotations"]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        path, image_id = self.images[index]
+        image = tv_tensors.Image(data.decode(path))
+        size = tuple(image.shape[1:])
+        objects = self.annotations[image_id]
+        boxes = torch.tensor([o["bbox"] for o in objects], dtype=torch.float).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        target = {
+            "boxes": tv_tensors.BoundingBoxes(boxes, format="XYXY", canvas_size=size),
+            "labels": torch.tensor([self.labels[o["category_id"]] for o in objects]).long(),
+            "crowd": torch.tensor([bool(o.get("iscrowd")) for o in objects]).bool(),
+        }
+        if self.has_masks:
+            masks = torch.zeros(len(objects), *size, dtype=torch.bool)
+            for mask, o in zip(masks, objects, strict=True):
+                mask |= polygon_mask(o, size)
+            target["masks"] = tv_tensors.Mask(masks)
+        return image, target
+
+
+def polygon_mask(annotation, size):
+    """The mask (H, W) of an object, from its polygons. A crowd has none and stays empty."""
+    canvas = Image.new("1", size[::-1])
+    if not annotation.get("iscrowd"):
+        for polygon in annotation["segmentation"]:
+            ImageDraw.Draw(canvas).polygon(polygon, fill=1)
+    return torch.from_numpy(np.array(canvas))
+
+
+@functools.cache
+def open_datasets(folder, seed):
+    """The datasets of --data, or scenes that the seed draws. Raises UserError."""
+    if folder == "scenes":
+        parts = [dense.draw_scenes(dense.NUM_SCENES, name) for name in (seed, "val")]
+        return data.Datasets(*parts, data.SHAPES_CLASSES[5:])
+    parts = []
+    for part in ("train", "val"):
+        paths = [*Path(folder).glob(f"annotations/instances_{part}*.json")]
+        paths += Path(folder).glob(f"{part}.json")
+        if len(paths) != 1:
+            raise UserError(
+                f"{folder} must have one file annotations/instances_{part}*.json or {part}.json, "
+                f"has {len(paths)}"
             )
-        self.net = (detection.MaskRCNN if s.masks else detection.FasterRCNN)(body, **options)
-        # Masks help to find boxes; nobody asks for them afterwards.
-        self.net.roi_heads.has_mask = lambda: s.masks and self.training
-        self.samplers = [Sampler(256, 0.5), Sampler(512 // few, 0.25)]
-        self.net.rpn.fg_bg_sampler, self.net.roi_heads.fg_bg_sampler = self.samplers
-
-    def forward(self, images, known=None, names=()):
-        """images: a list of uint8 (3, H, W). Returns detections, or of each loss its (sum,
-        count)."""
-        for part in (self.net.backbone, *self.samplers):  # torchvision would not hand them on
-            part.names = names
-        device = images[0].device.type
-        self.net.backbone.bf16 = torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False):
-            losses = self.net([image / 255 for image in images], known)
-        if known is None:
-            return losses
-        rpn, roi = self.samplers
-        counts = {
-            "loss_objectness": rpn.all,
-            "loss_rpn_box_reg": rpn.all,
-            "loss_mask": roi.positive,
-        }
-        return [(loss * (n := counts.get(name, roi.all)), n) for name, loss in losses.items()]
+        images = Path(folder, paths[0].stem.removeprefix("instances_"))
+        parts.append(CocoFiles(paths[0], images))
+    if parts[0].classes != parts[1].classes:
+        raise UserError(f"the files of annotations in {folder} must have the same categories")
+    return data.Datasets(*parts, parts[0].classes)
 
 
-# --- Average precision.
+# ------------------------------------------------------------------------------------------------
+# COCO's average precision.
 
+THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the overlap that makes a hit
 RECALLS = np.linspace(0, 1, 101)
-IOUS = np.linspace(0.5, 0.95, 10)
-SIZES = {
-    "": (0, 1e10),
-    "small": (0, 32**2),
-    "medium": (32**2, 96**2),
-    "large": (96**2, 1e10),
-}  # areas in pixels
 
 
-def average_precision(found, known, classes, most=100):
-    """COCO's average precision of boxes, in percent: the mean over ten overlaps (AP), at two of
-    them (AP50, AP75), and by the size of objects (AP small, medium, large); nan where there is no
-    such object.
+def average_precision(found, targets, num_classes, max_found=100):
+    """Average precision of boxes in percent: the mean over THRESHOLDS, AP, and at two of them,
+    AP50 and AP75. Classes without objects are left out; nan if there are no objects.
 
     found: a dict for each image, of boxes (n, 4), scores (n,) and labels (n,), of which the best
-    `most` of a class count. known: of boxes, labels, area, crowd and ignore; what overlaps an
-    object to be ignored, or a crowd, is neither right nor wrong. All tensors.
+    max_found of each class count. targets: of boxes, labels and crowd. All tensors.
     """
-    found, known = (
-        [{k: v.cpu().numpy() for k, v in image.items()} for image in part]
-        for part in (found, known)
-    )
-    tables = {name: [] for name in SIZES}
-    for label in range(classes):
-        pairs = []
-        for f, k in zip(found, known, strict=False):
-            f, k = (
-                {name: v[image["labels"] == label] for name, v in image.items()} for image in (f, k)
+    per_class = []
+    for label in range(num_classes):
+        scores, hits, ignored, num_objects = [], [], [], 0
+        for one, target in zip(found, targets, strict=True):
+            mine = one["labels"] == label
+            best = one["scores"][mine].argsort(descending=True, stable=True)[:max_found]
+            theirs = target["labels"] == label
+            crowd = target["crowd"][theirs].numpy()
+            iou = overlap(one["boxes"][mine][best], target["boxes"][theirs], crowd)
+            hit, ignore = match(iou, crowd)
+            scores.append(one["scores"][mine][best])
+            hits.append(hit)
+            ignored.append(ignore)
+            num_objects += int((~crowd).sum())
+        if num_objects:
+            order = torch.cat(scores).argsort(descending=True, stable=True).numpy()
+            hits = np.concatenate(hits, axis=1)[:, order]  # (thresholds, found)
+            counted = ~np.concatenate(ignored, axis=1)[:, order]
+            per_class.append(
+                [mean_precision(h[c], num_objects) for h, c in zip(hits, counted, strict=True)]
             )
-            best = (-f["scores"]).argsort(kind="stable")[:most]
-            if len(best) or len(k["labels"]):
-                f = {name: v[best].astype(float) for name, v in f.items()}
-                pairs.append((f, k, overlap(f["boxes"], k["boxes"].astype(float), k["crowd"])))
-        for name, sizes in SIZES.items():
-            matched = [match(*pair, sizes) for pair in pairs]
-            if objects := sum(n for *_, n in matched):
-                best = (-np.concatenate([f["scores"] for f, *_ in pairs])).argsort(kind="stable")
-                hits, spared = (
-                    np.concatenate(m, axis=1)[:, best]
-                    for m in ([m[i] for m in matched] for i in (0, 1))
-                )
-                tables[name].append(
-                    [precision(h[~i], objects) for h, i in zip(hits, spared, strict=False)]
-                )
-    means = {
-        name: np.mean(t, axis=0) if t else np.full(len(IOUS), np.nan) for name, t in tables.items()
-    }
-    result = {"AP": means[""].mean(), "AP50": means[""][0], "AP75": means[""][5]}
-    result |= {f"AP {name}": means[name].mean() for name in SIZES if name}
-    return {name: 100 * float(value) for name, value in result.items()}
+    means = 100 * np.mean(per_class, axis=0) if per_class else np.full(len(THRESHOLDS), np.nan)
+    return {"AP": float(means.mean()), "AP50": float(means[0]), "AP75": float(means[5])}
 
 
-def match(found, known, iou, sizes):
-    """Give each box that was found, the best first, the object left that it overlaps most, at each
-    of IOUS. Returns whether it hits one and whether it counts for neither right nor wrong, (10,
-    found) each, and how many objects there are to be found. iou: (found, known)."""
-    spared = (
-        known["crowd"] | known["ignore"] | (known["area"] < sizes[0]) | (known["area"] > sizes[1])
+def overlap(found, boxes, crowd):
+    """Intersection over union (n, m) of boxes (n, 4) and (m, 4). For a crowd (m,) it is the
+    intersection over the area of the box that was found."""
+    found, boxes = found.double(), boxes.double()
+    sides = torch.min(found[:, None, 2:], boxes[:, 2:]) - torch.max(
+        found[:, None, :2], boxes[:, :2]
     )
-    crowd, boxes = known["crowd"], found["boxes"]
-    hits, ignored = np.zeros((2, len(IOUS), len(boxes)), dtype=bool)
-    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    for t, least in enumerate(IOUS):
+    shared = sides.clamp(min=0).prod(2).numpy()
+    area = ops.box_area(found)[:, None].numpy()
+    return shared / np.where(crowd, area, area + ops.box_area(boxes).numpy() - shared)
+
+
+def match(iou, crowd):
+    """Which boxes that were found are hits. Each takes, best score first, the object left that it
+    overlaps most; a crowd can be taken many times and is not counted, neither right nor wrong.
+
+    iou: (found, objects). Returns whether a box hits an object or a crowd, and whether it hit a
+    crowd, (10, found) each.
+    """
+    hits = np.zeros((len(THRESHOLDS), len(iou)), dtype=bool)
+    ignored = np.zeros_like(hits)
+    for t, threshold in enumerate(THRESHOLDS):
         left = np.ones(len(crowd), dtype=bool)
-        for d, row in enumerate(iou):
-            near = left & (row >= min(least, 1 - 1e-10))
-            near = near & ~spared if (near & ~spared).any() else near  # what counts comes first
-            hits[t, d] = near.any()
-            if hits[t, d]:
-                object = len(row) - 1 - np.where(near, row, -1)[::-1].argmax()  # of equals the last
-                left[object], ignored[t, d] = crowd[object], spared[object]
-            else:
-                ignored[t, d] = not sizes[0] <= area[d] <= sizes[1]
-    return hits, ignored, int((~spared).sum())
+        for i, row in enumerate(iou):
+            near = left & (row >= threshold)
+            if (near & ~crowd).any():
+                near &= ~crowd  # objects come first
+            if near.any():
+                best = np.flatnonzero(near & (row == row[near].max()))[-1]
+                hits[t, i] = True
+                ignored[t, i] = crowd[best]
+                left[best] = crowd[best]
+    return hits, ignored
 
 
-def overlap(a, b, crowd):
-    """Intersection over union of boxes (n, 4) and (m, 4); of a crowd box over the first one's area
-    alone."""
-    sides = np.minimum(a[:, None, 2:], b[None, :, 2:]) - np.maximum(a[:, None, :2], b[None, :, :2])
-    shared = sides.clip(0).prod(-1)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(1) for x in (a, b))
-    return shared / np.where(crowd, area_a[:, None], area_a[:, None] + area_b - shared)
+def mean_precision(hits, num_objects):
+    """The mean over RECALLS of the best precision at that recall or a higher one. hits: (found,),
+    best score first."""
+    correct = hits.cumsum()
+    precision = correct / np.arange(1, len(hits) + 1)
+    precision = np.maximum.accumulate(precision[::-1])[::-1]
+    place = (correct / num_objects).searchsorted(RECALLS)
+    return np.append(precision, 0)[place].mean()
 
 
-def precision(hits, objects):
-    """The mean over RECALLS of the best precision at that recall or more. hits: (found,), best
-    first."""
-    right = hits.cumsum()
-    best = np.maximum.accumulate((right / np.arange(1, len(hits) + 1))[::-1])[::-1]
-    at = (right / objects).searchsorted(RECALLS)
-    return np.append(best, 0)[at].mean()
+# ------------------------------------------------------------------------------------------------
+# The experiment.
 
 
-# --- The experiment.
+def get_labels(inputs):
+    _, target = inputs
+    return target["labels"], target["crowd"]
 
 
-def prepared(s):
-    """What training does to an image and its objects: another size, a flip; of objects those to be
-    found."""
-    shortest = v2.RandomShortestSize([*range(min(s.shortest, s.size), s.size + 1, 32)], longest(s))
-    return functools.partial(change, v2.Compose([shortest, v2.RandomHorizontalFlip()]))
-
-
-def change(transform, image, known):
-    keep = ~(known["crowd"] | known["ignore"])
-    boxes = tv_tensors.BoundingBoxes(
-        known["boxes"][keep], format="XYXY", canvas_size=image.shape[1:]
+def make_transform(settings):
+    """Another size that fits into a square, a random place in it, and a flip."""
+    size = settings.size
+    return v2.Compose(
+        [
+            v2.ScaleJitter((size, size), (settings.min_scale, 1.0)),
+            v2.RandomCrop(size, pad_if_needed=True),
+            v2.RandomHorizontalFlip(),
+            v2.SanitizeBoundingBoxes(labels_getter=get_labels),  # leaves out those without area
+        ]
     )
-    inputs = {"boxes": boxes, "labels": known["labels"][keep] + 1}
-    inputs |= {"masks": tv_tensors.Mask(known["masks"][keep])} if "masks" in known else {}
-    image, known = transform(tv_tensors.Image(image), inputs)
-    return image.as_subclass(torch.Tensor), {
-        k: v.as_subclass(torch.Tensor) for k, v in known.items()
-    }
 
 
-def longest(s):
-    return s.size * 5 // 3  # side of an image, whatever its shape
+def score(model, dataset, settings):
+    """Average precision in the squares that the model sees: overlaps do not depend on the scale."""
+    size = settings.size
+    fit = v2.Compose([v2.ScaleJitter((size, size), (1.0, 1.0)), v2.CenterCrop(size)])
+    results = []
+    for i in range(train.get_rank(), len(dataset), train.get_world_size()):
+        image, target = fit(*dataset[i])
+        (found,) = model(data.normalize(image[None].to(settings.device)))
+        found = {name: found[name].cpu() for name in ("boxes", "scores", "labels")}
+        found["labels"] -= 1
+        target = {
+            name: target[name].as_subclass(torch.Tensor) for name in ("boxes", "labels", "crowd")
+        }
+        results.append((i, found, target))
+    if train.get_world_size() > 1:
+        parts = [None] * train.get_world_size()
+        dist.all_gather_object(parts, results)
+        results = sorted(
+            (result for part in parts for result in part), key=lambda result: result[0]
+        )
+    _, found, targets = zip(*results, strict=True)
+    return average_precision(
+        found, targets, model.net.roi_heads.box_predictor.cls_score.out_features - 1
+    )
 
 
-def score(model, sets, s):
-    mine = []
-    for i in range(script.get_rank(), len(sets.val), script.get_world_size()):
-        image, known = sets.val[i]
-        found, known = predict(model, image), {k: v for k, v in known.items() if k != "masks"}
-        mine.append((i, found, known))
-    every = sorted(itertools.chain(*dense.gather(mine)), key=lambda three: three[0])
-    return average_precision(*list(zip(*every, strict=False))[1:], len(sets.classes))
-
-
-def predict(model, image):
-    """Boxes, scores and labels in an image, uint8 (3, H, W) of any size."""
-    (found,) = model([image.to(next(model.parameters()).device)])
-    found = {name: found[name].cpu() for name in ("boxes", "scores", "labels")}
-    return found | {"labels": found["labels"] - 1}
-
-
-def tune(s, sets):
-    with runs.logged(s.out):
-        dense.fit(s, Detector(s, len(sets.classes)), prepared(s), sets, score)
-
-
-@torch.no_grad()
-def draw(tuned, sets, columns=4, side=192):
-    """A PNG's bytes: what is in some images, and below what the first seed's models find there."""
-    cells, images = [], [sets.val[i] for i in range(min(columns, len(sets.val)))]
-    rows = [[known | {"scores": known["area"] * 0 + 1} for _, known in images]]
-    for s in tuned:
-        model = Detector(s, len(sets.classes)).to(s.device).eval()
-        model.load_state_dict(script.load_checkpoint(f"{s.out}/last.pt")["model"])
-        rows.append([predict(model, image) for image, _ in images])
-    for row in rows:
-        for (image, _), found in zip(images, row, strict=False):
-            keep = found["scores"] > 0.5
-            scale = torch.tensor([side / image.shape[2], side / image.shape[1]] * 2)
-            names = [sets.classes[label] for label in found["labels"][keep]]
-            cell = v2.functional.resize(image, [side, side])
-            if names:
-                cell = draw_bounding_boxes(cell, found["boxes"][keep] * scale, names, "red")
-            cells.append(cell / 255)
-    save_image(cells, file := io.BytesIO(), "png", nrow=len(images), padding=4, pad_value=1)
-    return file.getvalue()
+def tune(job):
+    _, settings = job
+    datasets = open_datasets(settings.data, settings.seed)
+    has_masks = "masks" in datasets.train[0][1]
+    model = Detector(settings, len(datasets.classes), has_masks)
+    dense.finetune(settings, datasets, model, loss, make_transform(settings), score)
 
 
 def main():
-    args = dense.parsed(dense.arguments(__doc__))
-    if args.data == "shapes":
-        sets, recipe = functools.cache(lambda seed: annotated.scene_sets(args, seed)), SMALL
-    else:
-        opened, masks = annotated.once(annotated.open_boxes, args.data)
-        kind, some = ("Mask", "all") if masks else ("Faster", "not all")
-        script.print0(f"{kind} R-CNN: {some} objects have polygons")
-        batch = args.tune_batch_size or LARGE["batch_size"]
-        recipe = LARGE | {"steps": math.ceil(12 * len(opened.train) / batch), "masks": masks}
-
-        def sets(seed):
-            return opened
-
+    args = dense.parse_args(__doc__)
     measures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}
-    compared = dense.compare(args, "detection", tune, sets, recipe, measures)
-    dense.write(args, "detection", compared, sets, draw)
+    dense.compare("detection", args, (SMALL, LARGE), open_datasets, tune, measures)
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    common.main(main)

@@ -2,79 +2,48 @@
 
     python experiments/segmentation.py                          # built-in scenes, minutes on a CPU
     torchrun --nproc-per-node 8 experiments/segmentation.py --data /ade20k --workers 4 \\
-        --checkpoints area/best.pt tl_align/best.pt             # the first is the baseline
+        --checkpoints area/best.pt tl_align/best.pt
 
-By default models are trained on five classes of the built-in set, with the area target and with
-aligned targets, and then fine-tuned on scenes with objects of the other five; one from scratch
-stands beside them. With --data ROOT and --checkpoints the same is done with what is given, by the
-recipe of the paper's baseline: UperNet, 160,000 steps of 16 crops of 512 px (but without its
-auxiliary head). ROOT is laid out as VOC (ImageSets/Segmentation, JPEGImages, SegmentationClass), as
-ADE20K (images/training, annotations/training and validation; 0 is not labelled), or plainly
-(train/images, train/masks, val/images, val/masks). Masks are PNGs of class numbers from 0, which a
-file classes.txt may name; 255 is not labelled.
+Without --data small models are trained on five built-in classes, with the area as the target and
+with TL-Align, and fine-tuned with UperNet on scenes with objects of five others. --data is VOC (a
+folder with VOCdevkit/VOC2012), ADE20K (images/training, annotations/training, ...), or has
+{train,val}/{images,masks} and classes.txt, with a name a line. A mask is a PNG of class numbers
+from 0; 255 is unlabelled. From 256 px on the recipe is that of the paper's baseline on ADE20K,
+with train.py's learning rate schedule, and without the auxiliary head.
 """
 
 import functools
-import io
-import random
-from collections import OrderedDict
+from pathlib import Path
 
+import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
+from PIL import Image
 from torch import nn
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as TF
-from torchvision.tv_tensors import Image as Picture
-from torchvision.tv_tensors import Mask
-from torchvision.utils import draw_segmentation_masks, save_image
 
-import annotated
+import common
+import data
 import dense
-import runs
-from annotated import IGNORED
-from runs import data, script
+import train
+from data import UserError
 
-SMALL = {"size": 64, "steps": 150, "batch_size": 16, "lr": 1e-3, "weight_decay": 0.05, "warmup": 20}
-SMALL |= {"drops": [], "zoom": 1.25, "width": 64, "slide": False}
-LARGE = {
-    "size": 512,
-    "steps": 160_000,
-    "batch_size": 16,
-    "lr": 6e-5,
-    "weight_decay": 0.01,
-    "warmup": 1500,
-}
-LARGE |= {"drops": [], "zoom": 2, "width": 512, "slide": False}
+UNLABELLED = 255
 
+# The width is that of the decoder. The rate is not scaled with the batch size. min_scale and
+# max_scale: of the images' shorter side, relative to the crop.
+SMALL = {"passes": 8, "batch_size": 16, "lr": 1e-4, "weight_decay": 0.05, "warmup_steps": 1500}
+SMALL |= {"width": 64, "min_scale": 0.8, "max_scale": 1.25}
+LARGE = {"passes": 127, "batch_size": 16, "lr": 6e-5, "weight_decay": 0.01, "warmup_steps": 1500}
+LARGE |= {"width": 512, "min_scale": 0.5, "max_scale": 2.0}
 
-class Sum(torch.autograd.Function):
-    """The sum of a tensor over all processes, and of its gradient."""
-
-    forward = backward = staticmethod(lambda ctx, x: dense.total(x.clone()))
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over the images of all processes, on any device, and of a single value too."""
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        count = dense.total(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-        x = x.float()
-        mean = Sum.apply(x.sum((0, 2, 3))) / count
-        x = x - mean.view(1, -1, 1, 1)
-        var = Sum.apply(x.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * count / (count - 1).clamp(min=1), self.momentum)
-        x = x * (self.weight * (var + self.eps).rsqrt()).view(1, -1, 1, 1)
-        return x + self.bias.view(1, -1, 1, 1)
-
-
-def conv(inside, outside, size=1):
-    layers = {"conv": nn.Conv2d(inside, outside, size, padding=size // 2, bias=False)}
-    layers |= {"batch_norm": BatchNorm(outside), "activation": nn.ReLU()}
-    return nn.Sequential(OrderedDict(layers))
+# ------------------------------------------------------------------------------------------------
+# The model.
 
 
 def resize(x, size):
@@ -82,161 +51,226 @@ def resize(x, size):
 
 
 class UperNet(nn.Module):
-    """Classes of pixels from maps of several strides (Xiao et al. 2018, arXiv 1807.10221): the last
-    is pooled at four scales, each is added to the one above it, and all are read together. Names as
-    in transformers."""
+    """Class logits of pixels from maps of growing strides (Xiao et al. 2018, arXiv 1807.10221):
+    the last map is pooled at four scales (PSP), each map is added to the one before (FPN), and all
+    of them are read together. Names as in transformers. channels: of the maps."""
 
-    def __init__(self, channels, classes, width=512):
+    def __init__(self, channels, num_classes, width):
         super().__init__()
-        *above, last = channels
-        pools = [nn.Sequential(nn.AdaptiveAvgPool2d(n), conv(last, width)) for n in (1, 2, 3, 6)]
-        self.psp_modules = nn.ModuleList(pools)
-        self.bottleneck = conv(last + len(pools) * width, width, 3)
-        self.lateral_convs = nn.ModuleList(conv(c, width) for c in above)
-        self.fpn_convs = nn.ModuleList(conv(width, width, 3) for _ in above)
-        self.fpn_bottleneck = conv(len(channels) * width, width, 3)
-        self.classifier = nn.Conv2d(width, classes, 1)
+        *first, last = channels
+        self.psp_modules = nn.ModuleList(
+            nn.Sequential(nn.AdaptiveAvgPool2d(n), Conv2dNormActivation(last, width, 1))
+            for n in (1, 2, 3, 6)
+        )
+        self.bottleneck = Conv2dNormActivation(last + 4 * width, width, 3)
+        self.lateral_convs = nn.ModuleList(Conv2dNormActivation(c, width, 1) for c in first)
+        self.fpn_convs = nn.ModuleList(Conv2dNormActivation(width, width, 3) for _ in first)
+        self.fpn_bottleneck = Conv2dNormActivation(len(channels) * width, width, 3)
+        self.classifier = nn.Conv2d(width, num_classes, 1)
 
     def forward(self, maps):
-        """maps: as `dense.Levels` gives them. Returns logits, (B, classes, H, W) of the first map's
-        size."""
-        *above, last = maps
+        """maps: a list of (B, channels[i], H_i, W_i). Returns (B, num_classes, H_0, W_0)."""
+        *first, last = maps
         pooled = [resize(pool(last), last.shape[2:]) for pool in self.psp_modules]
-        rows = [self.bottleneck(torch.cat([last, *pooled], dim=1))]
-        for x, lateral in zip(reversed(above), reversed(self.lateral_convs), strict=False):
-            rows.insert(0, lateral(x) + resize(rows[0], x.shape[2:]))
-        rows = [*map(lambda f, x: f(x), self.fpn_convs, rows), rows[-1]]
-        rows = [resize(x, maps[0].shape[2:]) for x in rows]
-        return self.classifier(self.fpn_bottleneck(torch.cat(rows, dim=1)))
+        top = self.bottleneck(torch.cat([last, *pooled], dim=1))
+        outputs = [top]
+        for i in reversed(range(len(first))):
+            top = self.lateral_convs[i](maps[i]) + resize(top, maps[i].shape[2:])
+            outputs.insert(0, self.fpn_convs[i](top))
+        outputs = [resize(x, maps[0].shape[2:]) for x in outputs]
+        return self.classifier(self.fpn_bottleneck(torch.cat(outputs, dim=1)))
 
 
 class Segmenter(nn.Module):
-    """Levels and what reads them: logits of images, or, given masks, the loss as its sum and
-    pixels."""
+    """A backbone and UperNet. Batch norm is over the images of all GPUs; on the CPU, of a
+    process."""
 
-    def __init__(self, s, classes):
+    def __init__(self, settings, num_classes):
         super().__init__()
-        torch.manual_seed(s.seed)
-        self.levels = dense.Levels(s)
-        self.head = UperNet(self.levels.channels, classes, s.width)
-        if s.size % (patch := self.levels.backbone.patch_size):
-            raise data.UserError(
-                f"--size must be a multiple of the {patch} px of a patch, got {s.size}"
+        self.encoder = dense.Backbone(settings)
+        self.depth = self.encoder.model.depth
+        self.num_classes = num_classes
+        self.head = UperNet(self.encoder.channels, num_classes, settings.width)
+        if train.get_world_size() > 1 and settings.device == "cuda":
+            self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head)
+
+    def forward(self, images, rand=None):
+        """images: (B, 3, S, S), normalized. Returns logits (B, num_classes, S, S)."""
+        return resize(self.head(self.encoder(images, rand)), images.shape[2:])
+
+
+def loss(model, images, targets, mix_mask, rand, settings):
+    """Cross-entropy, the mean over all pixels, to which unlabelled ones add nothing. targets: dicts
+    of mask (S, S) uint8."""
+    masks = torch.stack([target["mask"] for target in targets]).long()
+    logits = model(images, rand).float()
+    return F.cross_entropy(logits, masks, ignore_index=UNLABELLED, reduction="none").mean()
+
+
+# ------------------------------------------------------------------------------------------------
+# The data: images (3, H, W) uint8, and masks (H, W) uint8 of class numbers.
+
+
+class MaskFiles(Dataset):
+    """paths: pairs of an image and its mask. Masks whose classes start with 1 have 0 where they
+    are not labelled, as ADE20K's. Raises UserError for a file that cannot be used."""
+
+    def __init__(self, paths, num_classes, first_class=0):
+        self.paths = paths
+        self.num_classes = num_classes
+        self.first_class = first_class
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        image_path, mask_path = self.paths[index]
+        image = data.decode(image_path)
+        try:
+            mask = np.array(Image.open(mask_path))
+        except OSError as error:
+            raise UserError(f"{mask_path} cannot be read: {error}") from error
+        if mask.dtype != np.uint8 or mask.shape != tuple(image.shape[1:]):
+            size = f"{image.shape[2]} x {image.shape[1]} px"
+            raise UserError(f"{mask_path} must have a number of 8 bits for each of the {size}")
+        mask -= self.first_class  # 0 becomes 255
+        largest = mask[mask != UNLABELLED].max(initial=0)
+        if largest >= self.num_classes:
+            raise UserError(
+                f"{mask_path} has class {largest + self.first_class}, but there are "
+                f"{self.num_classes} classes from {self.first_class}; 255 is unlabelled"
             )
-
-    def forward(self, images, known=None, names=()):
-        images = torch.stack([*images])
-        logits = resize(self.head(self.levels(data.normalize(images), names)), images.shape[2:])
-        if known is None:
-            return logits
-        masks = torch.stack([k["mask"] for k in known]).long()
-        loss = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction="sum")
-        return [(loss, (masks != IGNORED).sum())]
+        return tv_tensors.Image(image), {"mask": tv_tensors.Mask(mask)}
 
 
-def crops(s):
-    """What training does to an image and its mask: another size, a crop, a flip, other colours."""
-    resized = v2.RandomResize(int(s.size / s.zoom), int(s.size * s.zoom) + 1)
-    crop = v2.RandomCrop(s.size, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED})
-    transform = v2.Compose(
-        [resized, crop, v2.RandomHorizontalFlip(), v2.RandomPhotometricDistort()]
+def pair_files(images, masks):
+    """The images of a folder, and the mask of the same name in another one. Raises UserError."""
+    paths = sorted(p for p in Path(images).glob("*") if p.suffix.lower() in data.IMAGE_EXTENSIONS)
+    if not paths:
+        raise UserError(f"{images} has no images; --help says how a folder may be laid out")
+    pairs = [(path, Path(masks, f"{path.stem}.png")) for path in paths]
+    for image, mask in pairs:
+        if not mask.exists():
+            raise UserError(f"{image} has no mask: {mask} is missing")
+    return pairs
+
+
+@functools.cache
+def open_datasets(folder, seed):
+    """The datasets of --data, or scenes that the seed draws. Raises UserError."""
+    if folder == "scenes":
+        scenes = [dense.draw_scenes(dense.NUM_SCENES, name) for name in (seed, "val")]
+        parts = [[class_mask(*scene) for scene in part] for part in scenes]
+        return data.Datasets(*parts, ["background", *data.SHAPES_CLASSES[5:]])
+    root = Path(folder)
+    if (root / "VOCdevkit").is_dir():
+        voc = [torchvision.datasets.VOCSegmentation(root, image_set=s) for s in ("train", "val")]
+        parts = [list(zip(part.images, part.masks, strict=True)) for part in voc]
+        classes, first_class = [str(i) for i in range(21)], 0
+    elif (root / "annotations").is_dir():
+        splits = ("training", "validation")
+        parts = [pair_files(root / "images" / s, root / "annotations" / s) for s in splits]
+        classes, first_class = [str(i) for i in range(1, 151)], 1
+    else:
+        parts = [pair_files(root / s / "images", root / s / "masks") for s in ("train", "val")]
+        if not (root / "classes.txt").exists():
+            raise UserError(f"{root} needs a file classes.txt with the name of a class a line")
+        classes, first_class = (root / "classes.txt").read_text().split("\n"), 0
+        classes = [name for name in classes if name.strip()]
+    parts = [MaskFiles(paths, len(classes), first_class) for paths in parts]
+    return data.Datasets(*parts, classes)
+
+
+def class_mask(image, target):
+    """A scene with the class of each pixel; 0 is the background."""
+    mask = torch.zeros(image.shape[1:], dtype=torch.uint8)
+    for label, visible in zip(target["labels"], target["masks"], strict=True):
+        mask[visible] = label + 1
+    return image, {"mask": tv_tensors.Mask(mask)}
+
+
+# ------------------------------------------------------------------------------------------------
+# The experiment.
+
+
+def make_transform(settings):
+    """Another size, a crop, a flip, and other colours."""
+    low, high = int(settings.size * settings.min_scale), int(settings.size * settings.max_scale)
+    fill = {tv_tensors.Image: 0, tv_tensors.Mask: UNLABELLED}
+    return v2.Compose(
+        [
+            v2.RandomResize(low, high + 1),
+            v2.RandomCrop(settings.size, pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(),
+            v2.RandomPhotometricDistort(),
+        ]
     )
-    return functools.partial(change, transform)
 
 
-def change(transform, image, known):
-    image, mask = transform(Picture(image), Mask(known["mask"]))
-    return image.as_subclass(torch.Tensor), {"mask": mask.as_subclass(torch.Tensor)}
+def predict(model, image, size):
+    """The class of each pixel, (H, W), of an image, (3, H, W) uint8 on the device. Its shorter
+    side is resized to size; crops that overlap by a third are shown to the model."""
+    sides = image.shape[1:]
+    scaled = [max(size, round(side * size / min(sides))) for side in sides]
+    image = data.normalize(v2.functional.resize(image, scaled)[None])
+    logits = torch.zeros(1, model.num_classes, *scaled, device=image.device)
+    counts = torch.zeros(scaled, device=image.device)
+    for top in crop_starts(scaled[0], size):
+        for left in crop_starts(scaled[1], size):
+            crop = ..., slice(top, top + size), slice(left, left + size)
+            logits[crop] += model(image[crop])
+            counts[crop] += 1
+    return resize(logits / counts, sides)[0].argmax(0)
 
 
-def predict(model, image, s):
-    """The class of each pixel, (H, W), of an image (3, H, W) of any size. Its shorter side becomes
-    s.size for the model, which sees it whole, or, with s.slide, by crops of s.size that overlap by
-    a third."""
-    patch, sides = model.levels.backbone.patch_size, image.shape[1:]
-    scaled = [max(1, round(n * s.size / min(sides) / patch)) * patch for n in sides]
-    image = TF.resize(image.to(s.device), scaled)
-    size = min(scaled) if s.slide else max(scaled)
-    rows, cols = (
-        sorted({*range(0, max(1, n - size), size * 2 // 3), max(0, n - size)}) for n in scaled
-    )
-    logits = torch.zeros(1 + model.head.classifier.out_channels, *scaled, device=s.device)
-    for place in ((slice(y, y + size), slice(x, x + size)) for y in rows for x in cols):
-        part = (slice(None), *place)
-        logits[part] += torch.cat([torch.ones_like(logits[:1][part]), model(image[part][None])[0]])
-    return resize(logits[None, 1:] / logits[0], sides)[0].argmax(
-        0
-    )  # the first tells how often it was seen
+def crop_starts(length, size):
+    return sorted({*range(0, length - size, size * 2 // 3), length - size})
 
 
-def confusion(predicted, truth, classes):
-    """How many pixels of each class (row) are taken for each (column), of those that are
-    labelled."""
-    known = truth != IGNORED
-    pairs = truth[known].long() * classes + predicted[known]
-    return pairs.bincount(minlength=classes**2).view(classes, classes)
+def confusion(predicted, mask, num_classes):
+    """How many pixels of each class (row) are predicted as each class (column), without those that
+    are unlabelled."""
+    labelled = mask != UNLABELLED
+    pairs = mask[labelled].long() * num_classes + predicted[labelled]
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
-def scores(matrix):
-    """Mean intersection over union, of the classes that occur in truth or prediction, and the share
-    of pixels that are right, in percent, from a matrix as `confusion` gives."""
-    hit, union = matrix.diag().double(), (matrix.sum(0) + matrix.sum(1) - matrix.diag()).double()
-    miou = (100 * hit / union)[union > 0].mean().item()
-    return {"miou": miou, "accuracy": (100 * hit.sum() / matrix.sum()).item()}
+def summarize(matrix):
+    """Mean intersection over union, of the classes that occur in masks or predictions, and the
+    share of pixels that are right, in percent. matrix: see `confusion`."""
+    matrix = matrix.double()
+    correct = matrix.diag()
+    union = matrix.sum(0) + matrix.sum(1) - correct
+    iou = (correct / union)[union > 0]
+    return {
+        "miou": 100 * iou.mean().item(),
+        "accuracy": 100 * (correct.sum() / matrix.sum()).item(),
+    }
 
 
-def score(model, sets, s):
-    matrix = torch.zeros(2 * [len(sets.classes)], dtype=torch.long, device=s.device)
-    for i in range(script.get_rank(), len(sets.val), script.get_world_size()):
-        image, known = sets.val[i]
-        matrix += confusion(predict(model, image, s), known["mask"].to(s.device), len(matrix))
-    return scores(dense.total(matrix))
+def score(model, dataset, settings):
+    matrix = torch.zeros(model.num_classes, model.num_classes, device=settings.device).long()
+    for i in range(train.get_rank(), len(dataset), train.get_world_size()):
+        image, target = dataset[i]
+        predicted = predict(model, image.to(settings.device), settings.size)
+        matrix += confusion(predicted, target["mask"].to(settings.device), model.num_classes)
+    if train.get_world_size() > 1:
+        dist.all_reduce(matrix)
+    return summarize(matrix)
 
 
-def tune(s, sets):
-    with runs.logged(s.out):
-        dense.fit(s, Segmenter(s, len(sets.classes)), crops(s), sets, score)
-
-
-COLOURS = [tuple(random.Random(i).choices(range(40, 256), k=3)) for i in range(256)]
-
-
-@torch.no_grad()
-def draw(tuned, sets, rows=4, side=128):
-    """A PNG's bytes: images, what is true, and what the first seed's models of some starts say."""
-    cells, columns = [], [lambda image, known: known["mask"]]
-    for s in tuned:
-        model = Segmenter(s, len(sets.classes)).to(s.device).eval()
-        model.load_state_dict(script.load_checkpoint(f"{s.out}/last.pt")["model"])
-        columns.append(lambda image, known, model=model, s=s: predict(model, image, s).cpu())
-    for image, known in (sets.val[i] for i in range(min(rows, len(sets.val)))):
-        cells.append(image)
-        for column in columns:
-            mask = column(image, known)[None] == torch.arange(1, len(sets.classes))[:, None, None]
-            cells.append(draw_segmentation_masks(image, mask, 0.7, COLOURS[: len(mask)]))
-    cells = [TF.resize(cell, [side, side], TF.InterpolationMode.NEAREST) / 255 for cell in cells]
-    save_image(cells, file := io.BytesIO(), "png", nrow=1 + len(columns), padding=4, pad_value=1)
-    return file.getvalue()
+def tune(job):
+    _, settings = job
+    datasets = open_datasets(settings.data, settings.seed)
+    model = Segmenter(settings, len(datasets.classes))
+    dense.finetune(settings, datasets, model, loss, make_transform(settings), score)
 
 
 def main():
-    parser = dense.arguments(__doc__)
-    help = "look at crops of --size that overlap by a third, and not at an image whole"
-    parser.add_argument("--slide", dest="tune_slide", action="store_true", default=None, help=help)
-    args = dense.parsed(parser)
-    recipe, measures = LARGE, {"miou": "mean IoU %", "accuracy": "pixels %"}
-    if args.data == "shapes":
-        sets = functools.cache(lambda seed: annotated.as_masks(annotated.scene_sets(args, seed)))
-        recipe = SMALL
-    else:
-        opened = annotated.once(annotated.open_masks, args.data)
-
-        def sets(seed):
-            return opened
-
-    compared = dense.compare(args, "segmentation", tune, sets, recipe, measures)
-    dense.write(args, "segmentation", compared, sets, draw)
+    args = dense.parse_args(__doc__)
+    measures = {"miou": "mean IoU %", "accuracy": "pixels %"}
+    dense.compare("segmentation", args, (SMALL, LARGE), open_datasets, tune, measures)
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    common.main(main)

@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for all experiments
 import data  # noqa: E402
@@ -87,6 +87,37 @@ def choose_images(datasets, args, seed):
     )
 
 
+class SomeClasses(Dataset):
+    """The images of some classes, a range of numbers, which then count from zero."""
+
+    def __init__(self, dataset, classes):
+        if isinstance(dataset, TensorDataset):
+            targets = dataset.tensors[1].tolist()
+        elif hasattr(dataset, "targets"):
+            targets = list(dataset.targets)
+        else:
+            targets = [target for _, target in dataset]
+        self.dataset = dataset
+        self.first_class = classes[0]
+        self.indices = [i for i, target in enumerate(targets) if target in classes]
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, index):
+        image, target = self.dataset[self.indices[index]]
+        return image, int(target) - self.first_class
+
+
+def keep_classes(datasets, classes):
+    """The part of datasets that is of some classes, a range of numbers."""
+    return datasets._replace(
+        train=SomeClasses(datasets.train, classes),
+        val=SomeClasses(datasets.val, classes),
+        classes=[datasets.classes[number] for number in classes],
+    )
+
+
 def make_settings(args, datasets, model, seed, out, **changes):
     """The complete settings of a run, as train.py has them, for the flags of an experiment.
 
@@ -128,6 +159,8 @@ def train_run(settings, datasets, loss=train.mixed_loss, model=None):
     if model is None:
         model = train.build_model(settings, len(datasets.classes))
     checkpoint = train.find_checkpoint(settings, datasets)
+    if settings.finetune and checkpoint is None:
+        train.load_weights(model, settings.finetune, datasets.classes, new_head=True)
     train.train(settings, datasets, model, loss, checkpoint)
     return model.eval()
 
@@ -328,6 +361,7 @@ def line_chart(path, x, lines, xlabel, ylabel, title=""):
         if isinstance(values, tuple):
             values, halves = values
         axes.errorbar(x, values, halves, marker="o", markersize=4, capsize=3, label=name)
+    axes.set_xticks(x)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     axes.legend()
     figure.savefig(path)

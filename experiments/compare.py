@@ -265,18 +265,16 @@ def main():
         complete += f" {model}: {len(seeds)} seeds."
     header = ["model", "method", "top-1 %", "difference to area", "calibration error %"]
     text = common.markdown_table([*header, "part of the ceiling"], rows)
-    text += f"\n{describe(args)}{complete}\n"
+    text += f"\n{describe(args)} Mixed: {args.mix_prob:.0%}; clutter: {args.clutter:g}.{complete}\n"
     common.write_results("compare", text, args.runs)
 
 
 def describe(args):
-    """What was trained, a sentence for below a table."""
-    images = "all" if args.images == 0 else f"{args.images}"
+    """What was trained, for below a table."""
     return (
-        f"{args.passes * args.epochs} passes over {images} training images of {args.data} in "
-        f"batches of {args.batch_size}, {args.mix_prob:.0%} of them mixed, clutter "
-        f"{args.clutter:g}; validation images: {args.val_images or 'all'}; torch "
-        f"{torch.__version__}, {args.device}."
+        f"{args.passes * args.epochs} passes over {args.images or 'all'} training images of "
+        f"{args.data} in batches of {args.batch_size}; validation images: "
+        f"{args.val_images or 'all'}; torch {torch.__version__}, {args.device}."
     )
 
 

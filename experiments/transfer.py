@@ -1,75 +1,94 @@
-"""Does pre-training with aligned targets carry over to other classes? (the paper's Table 4)
+"""Does training with aligned targets carry over to other classes? (the paper's Table 4)
 
     python experiments/transfer.py                               # built-in images, minutes on a CPU
     python experiments/transfer.py --data cifar10 --images 5000
 
-Models are trained on the first half of a set's classes, with the area target and with aligned
-targets, and then, by `--finetune`, with a new head on a few images of the other half. That second
-training mixes nothing and is the same for all, with `train.py`'s weight decay for fine-tuning; a
-model from scratch, trained as long on the same images by the ordinary recipe, stands beside them.
-Top-1 is of the second half's classes.
+Models are trained on the first half of a dataset's classes, with the area target and with aligned
+ones, and then fine-tuned, with a new head, on a few images of the other half. The fine-tuning mixes
+nothing and is the same for all; a model from scratch is trained as long on the same images. Top-1
+is that of the other half's validation images, and ± is half of a 95 % interval over seeds.
 """
 
-import runs
-from runs import data
+import argparse
+import statistics
+from pathlib import Path
+
+import common
+import compare
+import train
 
 TRAINED = ("area", "TL-Align")
 
 
-def pretrain(args):
-    """Train on the first half of the classes. Returns {(model, target, seed): settings}, and the
-    sets."""
-    number = len(data.open_datasets(args.data, args.root).classes)
-    first = runs.open_part(args, range(number // 2))
-    before = {
-        (model, way, seed): runs.settings(args, first, model, way, seed, "-first-half")
-        for seed in range(args.seeds)
-        for model in args.models
-        for way in TRAINED
-    }
-    runs.train_all([(s, first) for s in before.values()], args)
-    return before, first
+def half_of(args, is_second):
+    """The datasets of the first or the second half of the classes."""
+    datasets = compare.open_images(args.data, args.root, clutter=0.0)
+    num_classes = len(datasets.classes)
+    half = range(num_classes // 2, num_classes) if is_second else range(num_classes // 2)
+    return common.keep_classes(datasets, half)
+
+
+def run_datasets(job):
+    _, settings, args, is_second = job
+    return common.choose_images(half_of(args, is_second), args, settings.seed)
+
+
+def train_job(job):
+    common.train_run(job[1], run_datasets(job))
+
+
+def is_done(job):
+    return common.is_finished(job[1], run_datasets(job))
+
+
+def make_job(args, is_second, model, seed, name, **changes):
+    """A run on one half of the classes: (folder, settings, args, is_second)."""
+    datasets = common.choose_images(half_of(args, is_second), args, seed)
+    half = "second" if is_second else "first"
+    folder = f"{Path(args.data).resolve().name}-{half}-half-{args.images}x{args.passes}"
+    folder = Path(args.runs, folder, f"{model}-{name}-{seed}")
+    settings = common.make_settings(args, datasets, model, seed, folder, **changes)
+    return folder, settings, args, is_second
 
 
 def main():
-    parser = runs.arguments(__doc__, images=2000, passes=5)
-    parser.add_argument(
-        "--few", type=int, default=60, help="images of the other half to train on [60]"
-    )
-    parser.add_argument("--tune-passes", type=int, default=100, help="times to go over those [100]")
-    args = runs.parsed(parser)
-    number = len(data.open_datasets(args.data, args.root).classes)
-    second = runs.open_part(args, range(number // 2, number), args.few, args.tune_passes)
+    parser = common.make_parser(__doc__)
+    count = train.number(int, 1)
+    parser.add_argument("--few", type=count, default=60, help="images to fine-tune on [60]")
+    parser.add_argument("--tune-passes", type=count, default=100, help="over those [100]")
+    parser.set_defaults(images=2000, passes=5)
+    args = parser.parse_args()
+    tune_args = argparse.Namespace(**{**vars(args), "images": args.few, "passes": args.tune_passes})
 
-    before, first = pretrain(args)
-    after = {}
-    for (model, way, seed), s in before.items():
-        for start, path in (("from scratch", None), (way, f"{s.out}/last.pt")):
-            name = f"-second-half-{start.lower().replace(' ', '-')}"
-            after[model, start, seed] = runs.settings(
-                args, second, model, "no mixing", seed, name, finetune=path
+    first, second = {}, {}
+    for seed in range(args.seeds):
+        for model in args.models:
+            second[model, "from scratch", seed] = make_job(
+                tune_args, True, model, seed, "from-scratch", mix="none"
             )
-    runs.train_all([(s, second) for s in after.values()], args)
+            for method in TRAINED:
+                job = make_job(args, False, model, seed, method, **compare.METHODS[method])
+                first[model, method, seed] = job
+                second[model, method, seed] = make_job(
+                    tune_args, True, model, seed, method, mix="none", finetune=f"{job[0]}/last.pt"
+                )
+    common.run_jobs(train_job, list(first.values()), args.jobs, is_done)
+    common.run_jobs(train_job, list(second.values()), args.jobs, is_done)
 
-    rows, panels = [], []
+    rows = []
     for model in args.models:
-        top1 = {way: [] for way in ("from scratch", *TRAINED)}
-        for (name, way, _), s in after.items():
-            if name == model:
-                top1[way].append(runs.done(s)[-1]["val_top1"])
-        told, points = runs.beside(top1)
-        rows += [[model, *row] for row in told]
-        panels.append((model, [*top1], {"mean over seeds and its 95 % interval": points}))
-    text = runs.table(["model", "pre-trained with", "top-1 %", "difference to area"], rows)
-    text += (
-        f"\n{len(second.val)} validation images of {args.data}, of classes {second.classes[0]} to "
-        f"{second.classes[-1]}; {args.tune_passes} passes over {args.few} training images of "
-        "theirs."
-        f"{runs.made_of(args, first)}\n"
-    )
-    chart = runs.chart(panels, "top-1 %, other classes", joined=False)
-    runs.write(args, "transfer", text, chart)
+        top1 = {}
+        for start in ("from scratch", *TRAINED):
+            jobs = [second[model, start, seed] for seed in range(args.seeds)]
+            top1[start] = [compare.read_top1(job) for job in jobs]
+        for start, values in top1.items():
+            difference = "" if start == "area" else common.show_difference(values, top1["area"])
+            rows.append([model, start, f"{statistics.fmean(values):.2f}", difference])
+    text = common.markdown_table(["model", "trained with", "top-1 %", "difference to area"], rows)
+    text += f"\nFirst half: {compare.describe(args)} Second half: {args.tune_passes} passes over "
+    text += f"{args.few} images. {args.seeds} seeds.\n"
+    common.write_results("transfer", text, args.runs)
 
 
 if __name__ == "__main__":
-    runs.run(main)
+    common.main(main)

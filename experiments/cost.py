@@ -13,8 +13,8 @@ by fused attention (a second call for the labels):
 
 and with timm's model of that name, where timm is installed, with the area target. Steps are timed
 in turn, and ratios taken within a round, so that a machine that is busy slows all alike; ± is half
-of a 95 % interval over rounds. Memory is the peak of a step with weights and optimizer. Arithmetic
-is the labels' part of that of a forward pass, by count.
+of a 95 % interval over rounds. Memory is the peak of a step with weights and optimizer. Labels'
+arithmetic is their part of a step's operations, by count.
 """
 
 import copy
@@ -141,7 +141,8 @@ class Step:
 
 
 def label_arithmetic(settings, form, num_sources):
-    """The operations on labels as a part of those of a forward pass without labels."""
+    """The operations on labels as a part of those of a training step without labels, which are
+    three times those of its forward pass."""
     model = make_model(settings, form).eval()
     images = torch.rand(1, 3, settings.img_size, settings.img_size)
     num_tokens = (settings.img_size // settings.patch_size) ** 2
@@ -156,7 +157,7 @@ def label_arithmetic(settings, form, num_sources):
         ):
             model(*inputs)
         counts.append(counter.get_total_flops())
-    return counts[1] / counts[0] - 1
+    return (counts[1] - counts[0]) / (3 * counts[0])
 
 
 def make_settings(model, size, words):

@@ -1,23 +1,19 @@
-"""What the workers' half of the data path costs, against torchvision's usual chain.
+"""What the workers' part of the data path costs, beside torchvision's usual chain.
 
-    python experiments/loader.py                        # on photo-sized JPEGs that it draws
-    python experiments/loader.py /imagenet/train        # on the files of a folder
+    python experiments/loader.py                        # photo-sized JPEGs that it draws
+    python experiments/loader.py /imagenet/train        # the files of a folder with class folders
 
-The usual chain does all of augmentation an image at a time on the CPU: PIL, RandomResizedCrop,
-flip, RandAugment, ToTensor, Normalize, RandomErasing. Ours decodes and crops there and leaves the
-rest to the device, whole batches at a time; with repeated augmentation one decode serves three
-crops. Both are timed to the finished batch, on one core, in turn, and each round's ratio is taken,
-so that a machine that is busy slows both. Decoding alone stands beside them: one crop of an image
-can be no faster.
-
-Also written: augmented.png, a grid of what the device's half makes of eight of the images, for the
-eye.
+The usual chain augments image by image on the CPU: PIL, RandomResizedCrop, flip, RandAugment,
+ToTensor, Normalize, RandomErasing. Ours decodes and crops there and leaves the rest to the device,
+whole batches at a time; with repeated augmentation one decoding serves three crops. Both are timed
+to the finished batch on one core, in turn, and ratios are taken within a round, so that a machine
+that is busy slows both; ± is half of a 95 % interval over rounds. One crop of an image can be no
+faster than its decoding, which is timed too. augmented.png shows what the device's part makes of
+eight of the images: a crop at the left, and nine augmentations of it.
 """
 
 import argparse
-import itertools
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,21 +23,25 @@ from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, io, transforms
 from torchvision.utils import save_image
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
-import data  # noqa: E402
+import common
+import data
+import train
+
+REFERENCE = "torchvision's chain"
 
 
-def draw_photos(folder, n, size=(375, 500)):
-    """JPEGs as large as ImageNet's usual ones, and as rich in detail as to weigh about the same."""
-    (folder / "class").mkdir()
-    for i, image in enumerate(data.shapes(n, seed=0, size=512)[0]):
+def draw_photos(folder, num_images, height=375, width=500):
+    """JPEGs of the size of ImageNet's, with noise, so that they take as many bytes."""
+    Path(folder, "class").mkdir()
+    images, _, _ = data.shapes(num_images, seed=0, size=512)
+    for i, image in enumerate(images):
         noise = 12 * torch.randn(image.shape, generator=data.generator("photo", i))
-        photo = (image + noise).clamp(0, 255).to(torch.uint8)[:, : size[0], : size[1]]
-        io.write_jpeg(photo, str(folder / "class" / f"{i:03}.jpg"), quality=90)
+        photo = (image + noise).clamp(0, 255).to(torch.uint8)[:, :height, :width]
+        io.write_jpeg(photo, str(Path(folder, "class", f"{i:03}.jpg")), quality=90)
 
 
-def reference(size):
-    """The chain of torchvision's own training script, with DeiT's choices."""
+def reference_chain(size):
+    """The chain of torchvision's training script, with DeiT's choices."""
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, interpolation=transforms.InterpolationMode.BICUBIC),
@@ -54,88 +54,84 @@ def reference(size):
     )
 
 
-class Ours:
-    """The batches of a worker of `data.FileLoader`, of as many epochs as images are repeated: each
-    epoch decodes so many times fewer of them."""
+def our_loader(dataset, size, repeats):
+    """A `data.FileLoader` that decodes in this process."""
+    args = argparse.Namespace(img_size=size, batch_size=min(48, len(dataset)), aug_repeats=repeats)
+    args.seed, args.workers, args.device = 0, 0, "cpu"
+    return data.FileLoader(dataset, args, slice(None))
 
-    def __init__(self, dataset, size, repeats):
-        args = argparse.Namespace(img_size=size, batch_size=min(48, len(dataset)), seed=0)
-        args.aug_repeats, args.workers, args.device = repeats, 0, "cpu"
-        self.sampler = data.TrainSampler(len(dataset), args, slice(None))
-        crops = data.TrainCrops(dataset, size)
-        self.loader = data.make_data_loader(crops, args, batch_sampler=self.sampler)
-        self.epochs = itertools.count()
-        self.repeats = repeats
 
-    def __iter__(self):
-        for _ in range(self.repeats):
-            self.sampler.set_epoch(next(self.epochs))
-            yield from data.batches_on_device(self.loader, "cpu")
+def keep_list(items):
+    return [items]
+
+
+def make_loaders(folder, num_images, size):
+    """The loaders by name, each of batches (images, ...), and the images."""
+    files = data.ImageFiles(data.find_images(folder, data.find_classes(folder)))
+    chosen = torch.linspace(0, len(files) - 1, min(num_images, len(files))).long().tolist()
+    images = Subset(files, chosen)
+    reference = datasets.ImageFolder(folder, reference_chain(size))
+    loaders = {
+        REFERENCE: DataLoader(Subset(reference, chosen), 96),
+        "decode and crop": our_loader(images, size, repeats=1),
+        "decode once, crop three times": our_loader(images, size, repeats=3),
+        "decode, and nothing else": DataLoader(images, 8, collate_fn=keep_list),
+    }
+    return loaders, images
+
+
+def time_loaders(loaders, rounds):
+    """Samples per second of each round, {name: [rate]}."""
+    rates = {name: [] for name in loaders}
+    for number in range(rounds + 1):
+        for name, loader in loaders.items():
+            if isinstance(loader, data.FileLoader):
+                loader.set_epoch(number)
+            start = time.perf_counter()
+            num_samples = sum(len(batch[0]) for batch in loader)
+            if number > 0:  # the first round brings the files into memory
+                rates[name].append(num_samples / (time.perf_counter() - start))
+    return rates
+
+
+def draw_augmented(path, images, size):
+    rows = []
+    for i in range(0, len(images), max(1, len(images) // 8)):
+        crop = data.random_resized_crop(images[i][0], size, ("picture", i))
+        augmented = data.augment(crop.expand(9, -1, -1, -1), data.uniform((9, 16), "picture", i))
+        mean, std = data.channel_statistics(augmented.device)
+        rows += [crop[None] / 255, (augmented * std + mean).clamp(0, 1)]
+    save_image(torch.cat(rows[:16]), path, nrow=10)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "folder", nargs="?", help="with a folder of images a class; drawn if not given"
-    )
-    parser.add_argument(
-        "--images", type=int, default=200, help="how many of them a round reads [200]"
-    )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--size", type=int, default=224, help="side of the crops in pixels [224]")
-    parser.add_argument("--out", type=Path, default=Path("runs/loader"))
+    parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    count = train.number(int, 2)
+    parser.add_argument("folder", nargs="?", help="of class folders; drawn if not given")
+    parser.add_argument("--images", type=count, default=200, help="in a round [200]")
+    parser.add_argument("--rounds", type=train.number(int, 1), default=5)
+    parser.add_argument("--size", type=count, default=224, help="of the crops, in pixels [224]")
+    parser.add_argument("--out", default="runs/loader", help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
     with tempfile.TemporaryDirectory() as drawn:
         if args.folder is None:
-            draw_photos(Path(drawn), min(args.images, 64))
-        folder = args.folder or drawn
-        theirs = datasets.ImageFolder(folder, reference(args.size))
-        files = data.ImageFiles(data.find_images(folder, data.find_classes(folder)))
-        chosen = torch.linspace(0, len(files) - 1, min(args.images, len(files))).long().tolist()
-        ways = {
-            "torchvision's chain": DataLoader(Subset(theirs, chosen), 96),
-            "decode and crop": Ours(Subset(files, chosen), args.size, repeats=1),
-            "decode once, crop three times": Ours(Subset(files, chosen), args.size, repeats=3),
-            "decode, and nothing else": DataLoader(
-                Subset(files, chosen), 8, collate_fn=lambda items: [items]
-            ),
-        }
-        rates = {name: [] for name in ways}
-        for round in range(args.rounds + 1):  # the first brings the files into memory
-            for name, loader in ways.items():
-                began = time.perf_counter()
-                samples = sum(len(images) for images, *_ in loader)
-                if round:
-                    rates[name].append(samples / (time.perf_counter() - began))
-            print(f"round {round} of {args.rounds}", file=sys.stderr)
-
-        print(f"{len(chosen)} images of {folder if args.folder else 'its own drawing'}, one core\n")
-        print(
-            "| workers' half | samples/s | ratio | least and most of the rounds |\n"
-            "|---|---|---|---|"
-        )
-        for name, ours in rates.items():
-            ratios = sorted(a / b for a, b in zip(ours, rates["torchvision's chain"], strict=False))
-            middle = statistics.median(ratios)
-            rate = statistics.median(ours)
-            print(f"| {name} | {rate:.0f} | {middle:.2f} | {ratios[0]:.2f} to {ratios[-1]:.2f} |")
-
+            draw_photos(drawn, min(args.images, 64))
+        elif not data.find_classes(args.folder):
+            raise data.UserError(f"{args.folder} has no class folders")
+        loaders, images = make_loaders(args.folder or drawn, args.images, args.size)
+        rates = time_loaders(loaders, args.rounds)
         rows = []
-        for i in chosen[:: max(1, len(chosen) // 8)][:8]:
-            crop = data.random_resized_crop(files[i][0], args.size, ("picture", i))
-            many = crop.expand(9, -1, -1, -1)
-            augmented = data.augment(many, data.uniform((9, 16), "picture", i))
-            mean, std = data.channel_statistics(augmented.device)
-            rows += [crop[None] / 255, (augmented * std + mean).clamp(0, 1)]
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_image(torch.cat(rows), args.out / "augmented.png", nrow=10)
-        print(
-            f"\n{args.out}/augmented.png: a crop at the left of each row, "
-            "nine augmentations of it beside"
-        )
+        for name, own in rates.items():
+            ratios = [a / b for a, b in zip(own, rates[REFERENCE], strict=True)]
+            rows.append([name, f"{statistics.median(own):.0f}", common.show(ratios)])
+        text = common.markdown_table(["workers' part", "samples/s", "ratio"], rows)
+        text += f"\n{len(images)} images of {args.folder or 'its own drawing'}, {args.size} px, "
+        text += f"one core, {args.rounds} rounds, torch {torch.__version__}.\n"
+        common.write_results("loader", text, args.out)
+        draw_augmented(Path(args.out, "augmented.png"), images, args.size)
 
 
 if __name__ == "__main__":
-    main()
+    common.main(main)

@@ -1,0 +1,363 @@
+"""Other rules for labels: are they nearer to the truth, and are they better targets?
+
+    python experiments/beyond/rules.py                           # built-in images, MINUTES
+    python experiments/beyond/rules.py --targets area TL-Align --seeds 24
+    python experiments/beyond/rules.py --targets area --data cifar10 --images 10000 --passes 1 \\
+        --epochs 20 --batch-size 128
+
+The paper's rule, Y = (Y + A @ Y) / 2, assumes that a layer's branch and its skip connection weigh
+the same, and that an attention weight tells how much a token contributes. Two rules measure it:
+
+    norm    Y = (1 - w) Y + w A @ Y    with w = |branch| / (|branch| + |x|)
+    parts   Y = (1 - w) Y + w P        with P_k = |part_k| / (|part_1| + |part_2|)
+
+The branch is what the layer adds to a token x, and part_k is what the layer makes of the values
+times the share Y_k: W A (V * Y_k) in an attention. The activations of other layers are held fixed,
+so that all are linear, and biases belong to no source. Where tokens are merged or pooled there is
+no skip connection, and Y = P. Neither rule is part of the published method.
+
+ViT, Swin, Mixer and ConvNeXt are trained with the area target and with the rules as targets: first
+table. Second table: the mean absolute error of the share that each rule assigns to the pasted image
+in models trained with the area. There are several truths: the influence of `mixing_ratio.py`, which
+depends on what stands in for a source that is taken away, the mean patch or other images; and the
+known objects of the built-in images. ± is half of a 95 % interval over seeds.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import compare  # noqa: E402
+import convnext  # noqa: E402
+import data  # noqa: E402
+import mixer  # noqa: E402
+import mixing_ratio  # noqa: E402
+import swin  # noqa: E402
+import tl_align  # noqa: E402
+import train  # noqa: E402
+import vit  # noqa: E402
+
+# The models, each with the one of train.py whose settings it is trained with.
+MODELS = {
+    "vit_micro": (vit.vit_micro, "vit_micro"),
+    "swin_micro": (swin.swin_micro, "swin_micro"),
+    "mixer_micro": (mixer.mixer_micro, "vit_micro"),
+    "convnext_micro": (convnext.convnext_micro, "swin_micro"),
+}
+NUM_OTHERS = 4  # images that stand in for a source
+
+# ------------------------------------------------------------------------------------------------
+# What the layers move between tokens. Labels have a column for each source, (B, ..., K), and rows
+# that sum to one.
+
+
+class Moved(NamedTuple):
+    branch: torch.Tensor  # (B, ..., C), added to the tokens; None without a skip connection
+    labels: torch.Tensor  # (B, ..., K), A @ Y
+    parts: torch.Tensor  # (B, ..., K, C)
+
+
+def attention_parts(attn, x, labels, bias=0.0):
+    """Attention within windows. x: (B, windows, n, C). Returns (B, windows, n, K, C)."""
+    q, k, v = rearrange(
+        attn.qkv(x), "b w n (three h d) -> three b w h n d", three=3, h=attn.num_heads
+    )
+    matrix = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(-1)
+    parts = torch.einsum("bwhmd,bwmk,bwhnm->bwnkhd", v, labels, matrix)
+    return F.linear(parts.flatten(-2), attn.proj.weight)
+
+
+def convolution_parts(conv, x, labels):
+    """A convolution of maps. x: (B, H, W, C). Returns (B, H, W, K, C)."""
+    x = rearrange(torch.einsum("bhwc,bhwk->bkchw", x, labels), "b k c h w -> (b k) c h w")
+    x = F.conv2d(x, conv.weight, None, conv.stride, conv.padding, groups=conv.groups)
+    return rearrange(x, "(b k) c h w -> b h w k c", k=labels.shape[-1])
+
+
+def move_vit(block, x, labels):
+    x = block.norm1(x)
+    branch, attended = block.attn(x, labels)
+    return Moved(branch, attended, attention_parts(block.attn, x[:, None], labels[:, None])[:, 0])
+
+
+def move_swin(block, x, labels):
+    size = x.shape[1:3]
+    window_size, shift = block.window_size, block.shift(size)
+    mask = swin.window_mask(size, window_size, shift, x.device)
+    x = swin.window_partition(block.norm1(x), window_size, shift)
+    labels = swin.window_partition(labels, window_size, shift)
+    branch, attended = block.attn(x, labels, mask)
+    parts = attention_parts(block.attn, x, labels, block.attn.attention_bias(mask))
+    branch = swin.window_reverse(branch, window_size, shift, size)
+    attended = swin.window_reverse(attended, window_size, shift, size)
+    parts = swin.window_reverse(parts.flatten(-2), window_size, shift, size)
+    return Moved(branch, attended, parts.unflatten(-1, (labels.shape[-1], -1)))
+
+
+def move_mixer(block, x, labels):
+    x, mlp = block.norm1(x).mT, block.mlp_tokens  # (B, C, N)
+    gate = torch.special.ndtr(mlp.fc1(x))  # (B, C, hidden): gelu(h) = h * ndtr(h)
+    parts = F.linear(torch.einsum("bcn,bnk->bkcn", x, labels), mlp.fc1.weight)
+    parts = F.linear(parts * gate[:, None], mlp.fc2.weight)  # (B, K, C, N)
+    mixed = tl_align.attend(labels, block.mixing_matrix()[None])
+    return Moved(mlp(x).mT, mixed, rearrange(parts, "b k c n -> b n k c"))
+
+
+def move_convnext(block, x, labels):
+    mixed = convnext.attend(labels, block.dwconv.weight)
+    return Moved(block.branch(x), mixed, convolution_parts(block.dwconv, x, labels))
+
+
+def move_downsample(layer, x, labels):
+    norm, conv = layer
+    return Moved(None, layer(x, labels)[1], convolution_parts(conv, norm(x), labels))
+
+
+def move_merging(layer, x, labels):
+    tokens = layer.norm(swin.merge_tokens(x)).unflatten(-1, (4, -1))  # (B, H / 2, W / 2, 4, C)
+    shares = swin.merge_tokens(labels).unflatten(-1, (4, -1))  # (B, H / 2, W / 2, 4, K)
+    parts = torch.einsum("bhwic,bhwik->bhwkic", tokens, shares).flatten(-2)
+    return Moved(None, layer(x, labels)[1], layer.reduction(parts))
+
+
+def pool(model, x, labels):
+    """The average of all tokens that the head reads."""
+    is_convnext = isinstance(model, convnext.ConvNeXt)  # its norm comes after the average
+    x = (x if is_convnext else model.norm(x)).flatten(1, -2)  # (B, N, C)
+    labels = labels.flatten(1, -2)
+    parts = torch.einsum("bnc,bnk->bkc", x, labels) / x.shape[1]
+    if is_convnext:
+        parts = (parts - parts.mean(-1, keepdim=True)) * model.norm.weight
+    return Moved(None, labels.mean(1), F.linear(parts, model.head.weight))
+
+
+MOVE = {
+    vit.Block: move_vit,
+    swin.Block: move_swin,
+    swin.PatchMerging: move_merging,
+    mixer.Block: move_mixer,
+    convnext.Block: move_convnext,
+    convnext.Downsample: move_downsample,
+}
+
+
+# ------------------------------------------------------------------------------------------------
+# The rules: functions of a layer's tokens, their labels, and what the layer moves.
+
+
+def paper_rule(x, labels, moved):
+    return moved.labels if moved.branch is None else tl_align.residual(labels, moved.labels)
+
+
+def norm_rule(x, labels, moved):
+    return weigh_skip(x, labels, moved.branch, moved.labels)
+
+
+def parts_rule(x, labels, moved):
+    sizes = moved.parts.norm(dim=-1)  # (B, ..., K)
+    total = sizes.sum(-1, keepdim=True)
+    shares = torch.where(total > 1e-12, sizes / total, moved.labels)
+    return weigh_skip(x, labels, moved.branch, shares)
+
+
+def weigh_skip(x, labels, branch, arrived):
+    if branch is None:
+        return arrived
+    branch_size = branch.norm(dim=-1, keepdim=True)
+    weight = branch_size / (branch_size + x.norm(dim=-1, keepdim=True)).clamp(min=1e-12)
+    return torch.lerp(labels, arrived, weight)
+
+
+RULES = {"TL-Align": paper_rule, "norm": norm_rule, "parts": parts_rule}
+
+
+def layers(model):
+    """The layers that move information between tokens, in their order."""
+    if isinstance(model, convnext.ConvNeXt):
+        return model.layers()
+    return [module for module in model.modules() if type(module) in MOVE]
+
+
+@torch.no_grad()
+def align(model, images, labels, rule, rand=None):
+    """The label of what the head reads, (B, 1), by a rule.
+
+    images, labels, rand: as for the model; labels have one column, the partner's share.
+    """
+    x, labels = model.embed(images, torch.cat([1 - labels, labels], dim=-1))
+    block_rand = iter([(None, None)] * model.depth if rand is None else rand.permute(1, 2, 0))
+    for layer in layers(model):
+        moved = MOVE[type(layer)](layer, x, labels)
+        labels = rule(x, labels, moved)
+        x, _ = layer(x) if moved.branch is None else layer(x, None, next(block_rand))
+    if isinstance(model, vit.ViT):
+        return labels[:, 0, 1:]  # the class token's
+    return rule(x, labels, pool(model, x, labels))[:, 1:]
+
+
+def rule_loss(model, images, targets, mask, rand, args):
+    """A loss for `train.train` with the label of the rule args.targets as the target. Arguments as
+    for `train.mixed_loss`; the model must not be compiled."""
+    mixed = tl_align.mix(images, mask)
+    labels = tl_align.token_labels(mask, args.patch_size)
+    share = align(model, mixed, labels, RULES[args.targets], rand)
+    logits = model(mixed, rand=rand)
+    return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
+
+
+# ------------------------------------------------------------------------------------------------
+# Training.
+
+
+def make_jobs(args):
+    """{(model, target, seed): (folder, settings, args)}."""
+    name = f"rules-{Path(args.data).resolve().name}-{args.images}x{args.passes}x{args.epochs}"
+    jobs = {}
+    for seed in range(args.seeds):
+        datasets = open_datasets(args, seed)
+        for model in args.models:
+            for target in args.targets:
+                folder = Path(args.runs, name, f"{model}-{target}-{seed}")
+                settings = common.make_settings(
+                    args, datasets, MODELS[model][1], seed, folder, targets=target, compile=False
+                )
+                settings.model = model
+                jobs[model, target, seed] = (folder, settings, args)
+    return jobs
+
+
+def open_datasets(args, seed):
+    datasets = compare.open_images(args.data, args.root, clutter=0.0)
+    return common.choose_images(datasets, args, seed)
+
+
+def make_model(settings, datasets):
+    torch.manual_seed(settings.seed)
+    make, _ = MODELS[settings.model]
+    sizes = {"img_size": settings.img_size, "patch_size": settings.patch_size}
+    return make(num_classes=len(datasets.classes), **sizes)
+
+
+def train_job(job):
+    _, settings, args = job
+    datasets = open_datasets(args, settings.seed)
+    loss = rule_loss if settings.targets in ("norm", "parts") else train.mixed_loss
+    common.train_run(settings, datasets, loss, make_model(settings, datasets))
+
+
+def is_done(job):
+    _, settings, args = job
+    return common.is_finished(settings, open_datasets(args, settings.seed))
+
+
+def make_accuracy_rows(top1):
+    """A row per target: the mean, and the difference to the area. top1: {target: a list}."""
+    rows = []
+    for target, values in top1.items():
+        difference = "" if target == "area" else common.show_difference(values, top1["area"])
+        rows.append([target, f"{statistics.fmean(values):.2f}", difference])
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------
+# The shares that rules assign to the pasted image, and the truths.
+
+
+def predict_shares(model, mixed, mask):
+    """{rule: (n,)}."""
+    labels = tl_align.token_labels(mask, model.patch_size)
+    shares = {"area": labels.mean((1, 2))}
+    for name, rule in RULES.items():
+        shares[name] = align(model, mixed, labels, rule)[:, 0]
+    return shares
+
+
+@torch.no_grad()
+def measure_influence(model, mixed, mask, blanks):
+    """The influence of the pasted image, (n,). blanks: images that stand in for a source."""
+    owners = torch.stack([1 - mask, mask], dim=1)
+    return mixing_ratio.influence(model, mixed, owners, blanks)[:, 1]
+
+
+def look(job, num_mixes):
+    """The shares and the truths of a run's model, {rule: (n,)} and {truth: (n,)}. Every run is
+    shown the same mixes."""
+    _, settings, args = job
+    datasets = open_datasets(args, settings.seed)
+    model = common.load_run(settings, datasets, make_model(settings, datasets))
+    n = min(num_mixes, len(datasets.val)) // 2 * 2
+    crops = [data.center_crop(datasets.val[i][0], settings.img_size) for i in range(n)]
+    images = data.normalize(torch.stack(crops)).to(settings.device)
+    rand = data.uniform((n, 3), "rules").to(settings.device)
+    mask = tl_align.cutmix_mask(rand, images.shape[-2:], settings.patch_size)
+    mixed = tl_align.mix(images, mask)
+    mean_patch = mixing_ratio.mean_patch(images, settings.patch_size)
+    truths = {
+        "mean patch": measure_influence(model, mixed, mask, [mean_patch]),
+        "other images": measure_influence(model, mixed, mask, choose_others(images)),
+    }
+    if args.data == "shapes":
+        objects = data.shapes(data.SHAPES_VAL, "val")[2][datasets.val.indices[:n], None]
+        truths["objects"] = compare.object_share(objects.to(mask), mask)[:, 0]
+    return predict_shares(model, mixed, mask), truths
+
+
+def choose_others(images):
+    """For each image several of the others, none of which is its partner."""
+    distance = len(images) // (NUM_OTHERS + 1) // 2 * 2
+    return [images.roll(distance * i, 0) for i in range(1, NUM_OTHERS + 1)]
+
+
+def make_error_rows(looks):
+    """A row per rule: the mean absolute error from each truth. looks: of `look`, of each seed."""
+    rows = []
+    for rule in looks[0][0]:
+        shares = torch.stack([shares[rule] for shares, _ in looks])
+        errors = []
+        for truth in looks[0][1]:
+            true = torch.stack([truths[truth] for _, truths in looks])
+            errors.append(common.show(mixing_ratio.errors(shares, true), digits=3))
+        rows.append([rule, *errors])
+    return rows
+
+
+def main():
+    parser = common.make_parser(__doc__)
+    parser.set_defaults(models=list(MODELS))
+    add = parser.add_argument
+    add("--targets", nargs="+", default=["area", *RULES], choices=["area", *RULES])
+    add("--mixes", type=train.number(int, 10), default=600, help="mixed images to look at [600]")
+    args = parser.parse_args()
+    unknown = set(args.models) - set(MODELS)
+    if unknown:
+        raise data.UserError(f"--models {' '.join(unknown)}: expected some of {', '.join(MODELS)}")
+    args.targets = list(dict.fromkeys(["area", *args.targets]))
+    jobs = make_jobs(args)
+    common.run_jobs(train_job, list(jobs.values()), args.jobs, is_done)
+
+    accuracy, errors = [], []
+    for model in args.models:
+        top1 = {}
+        for target in args.targets:
+            folders = [jobs[model, target, seed][0] for seed in range(args.seeds)]
+            top1[target] = [common.read_metrics(folder)[-1]["val_top1"] for folder in folders]
+        accuracy += [[model, *row] for row in make_accuracy_rows(top1)]
+        looks = [look(jobs[model, "area", seed], args.mixes) for seed in range(args.seeds)]
+        errors += [[model, *row] for row in make_error_rows(looks)]
+    text = common.markdown_table(["model", "target", "top-1 %", "difference to area"], accuracy)
+    header = ["model", "rule", *(f"error: {truth}" for truth in looks[0][1])]
+    text += "\n" + common.markdown_table(header, errors)
+    num_mixes = len(looks[0][0]["area"])
+    text += f"\n{num_mixes} mixes; {args.seeds} seeds. {compare.describe(args)}\n"
+    common.write_results("rules", text, args.runs)
+
+
+if __name__ == "__main__":
+    common.main(main)

@@ -1,0 +1,216 @@
+"""Clips: a ViT of tubelets, with CutMix in space and time.
+
+    python experiments/beyond/video.py                 # MINUTES
+
+A clip of 16 frames of 16 x 16 px is laid out as an image of 64 x 64 px in which each patch of
+8 x 8 px is a tubelet of 4 frames and 4 x 4 px (Arnab et al. 2021, arXiv 2103.15691). So the model,
+the label rules and the truth are those of images; only the box that is pasted differs: it spans
+rows, columns and frames, on the grid of tubelets (Yun et al. 2020, arXiv 2012.03457).
+
+The clips are drawn: an object moves over a cluttered ground, and the class is the direction, one
+of eight, which no single frame tells. First table: accuracy, held against the area target seed by
+seed. Second: how far the shares that rules assign to the pasted clip are from its influence (see
+`mixing_ratio.py`), in models trained with the area target.
+"""
+
+import argparse
+import functools
+import sys
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch.utils.data import Subset, TensorDataset
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+import common  # noqa: E402
+import compare  # noqa: E402
+import data  # noqa: E402
+import mixing_ratio  # noqa: E402
+import rules  # noqa: E402
+import tl_align  # noqa: E402
+import train  # noqa: E402
+
+SIZE = 16  # frames, rows and columns of a clip
+TUBELET = 4  # frames, rows and columns of a tubelet
+STEPS = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # rows, columns
+
+# What differs in the settings of train.py.
+METHODS = {
+    "no mixing": {"mix": "none"},
+    "area": {"targets": "area"},
+    "TL-Align": {"targets": "tl_align"},
+}
+
+# ------------------------------------------------------------------------------------------------
+# Clips.
+
+
+def lay_out(clips):
+    """Clips as images: (B, 16, C, 16, 16) to (B, C, 64, 64), each tubelet a patch of 8 x 8 px."""
+    # 4 x 4 tubelets at a time are a quarter of the image; the 4 frames of a tubelet are a quarter
+    # of its patch.
+    return rearrange(
+        clips,
+        "b (t1 t2 f1 f2) c (h p) (w q) -> b c (t1 h f1 p) (t2 w f2 q)",
+        t1=2,
+        t2=2,
+        f1=2,
+        f2=2,
+        p=TUBELET,
+        q=TUBELET,
+    )
+
+
+@functools.cache
+def draw_clips(n, *name):
+    """n clips, laid out, and their classes, by a generator of that name. The object of one built-in
+    image moves over another image, a pixel a frame, and comes back on the other side."""
+    grounds, _, _ = data.shapes(n, (*name, "ground"), SIZE)
+    objects, _, masks = data.shapes(n, (*name, "object"), SIZE)
+    targets = torch.randint(len(STEPS), (n,), generator=data.generator(*name, "direction"))
+    starts = torch.randint(SIZE, (n, 2), generator=data.generator(*name, "start"))
+    clips = grounds[:, None].repeat(1, SIZE, 1, 1, 1)
+    for i in range(n):
+        for t in range(SIZE):
+            shift = (starts[i] + t * torch.tensor(STEPS[targets[i]])).tolist()
+            mask = masks[i].roll(shift, (0, 1))
+            clips[i, t] = torch.where(mask, objects[i].roll(shift, (1, 2)), clips[i, t])
+    return TensorDataset(lay_out(clips), targets)
+
+
+def make_datasets(args, seed):
+    """--images clips that the seed draws, each --passes times, and --val-images for validation."""
+    clips = Subset(draw_clips(args.images, seed), list(range(args.images)) * args.passes)
+    val_clips = draw_clips(args.val_images, "val")
+    return data.Datasets(clips, val_clips, [str(step) for step in STEPS], hflip=False)
+
+
+def cutmix_mask(rand):
+    """One box in space and time per clip, on the grid of tubelets; it covers 1 - lambda.
+
+    rand: (B, 4) in [0, 1]: lambda, and the centre's frame, row and column. Returns a mask that is
+    laid out, (B, 1, 64, 64).
+    """
+    grid = SIZE // TUBELET
+    length = ((1 - rand[:, :1]) ** (1 / 3) * grid).floor()  # of each side, in tubelets, (B, 1)
+    start = (rand[:, 1:] * grid).floor() - (length / 2).floor()  # (B, 3)
+    start, length = start[..., None], length[..., None]
+    position = torch.arange(grid, device=rand.device)
+    inside = (position >= start) & (position < start + length)  # (B, 3, grid)
+    frames, rows, cols = inside.float().repeat_interleave(TUBELET, dim=2).unbind(1)
+    return lay_out(torch.einsum("bt,bh,bw->bthw", frames, rows, cols)[:, :, None])
+
+
+# ------------------------------------------------------------------------------------------------
+# Training.
+
+
+def clip_loss(model, images, targets, mask, rand, args):
+    """`train.mixed_loss` with a box in space and time. That of the trainer is for images, so it
+    says only whether clips are mixed. The model has no drop path: its random numbers are free."""
+    if mask is not None:
+        mask = cutmix_mask(rand[:, :2].flatten(1))
+    return train.mixed_loss(model, images, targets, mask, None, args)
+
+
+class ClipLoader(data.InMemoryLoader):
+    """Training batches of laid-out clips, which cannot be cropped."""
+
+    def __iter__(self):
+        order = data.epoch_order(len(self.images), self.args.seed, self.epoch)
+        for step in range(self.first_step, len(self)):
+            index = order[step * self.args.batch_size : (step + 1) * self.args.batch_size]
+            index = index.to(self.images.device)
+            yield self.images[index], self.targets[index]
+
+
+def train_job(job):
+    """Train a run with the steps of `train.train`, whose loader would crop the clips."""
+    folder, settings, args = job
+    datasets = make_datasets(args, settings.seed)
+    trainer = train.Trainer(settings, train.build_model(settings, len(STEPS)), clip_loss)
+    loader = ClipLoader(datasets.train, settings, trainer.share)
+    progress = train.Progress()
+
+    def save():
+        trainer.save(folder / "last.pt", progress, train.run_identity(settings, datasets))
+
+    with train.StopRequest() as stop:
+        train.train_one_epoch(trainer, loader, progress, stop, save)
+    if stop.signal:
+        sys.exit(128 + stop.signal)
+    val_loader = data.make_val_loader(datasets.val, settings)
+    top1, top5 = train.evaluate(trainer.eval_model, val_loader, settings)
+    train.end_epoch(progress, top1, top5, len(loader), settings)
+    save()
+
+
+def is_done(job):
+    _, settings, args = job
+    return common.is_finished(settings, make_datasets(args, settings.seed))
+
+
+def read_top1(job):
+    checkpoint = train.load_checkpoint(job[0] / "last.pt")
+    return checkpoint["progress"]["best_top1"]
+
+
+def look(job, num_mixes):
+    """As `rules.look`: the shares by each rule, and the influence."""
+    _, settings, args = job
+    datasets = make_datasets(args, settings.seed)
+    model = common.load_run(settings, datasets)
+    clips = data.normalize(datasets.val.tensors[0][: num_mixes // 2 * 2].to(settings.device))
+    mask = cutmix_mask(data.uniform((len(clips), 4), "video").to(settings.device))
+    mixed = tl_align.mix(clips, mask)
+    mean_patch = mixing_ratio.mean_patch(clips, settings.patch_size)
+    influence = rules.measure_influence(model, mixed, mask, [mean_patch])
+    return rules.predict_shares(model, mixed, mask), {"influence": influence}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    count = train.number(int, 2)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--images", type=count, default=500, help="training clips of a seed [500]")
+    add("--val-images", type=count, default=1000, help="validation clips [1000]")
+    add("--passes", type=train.number(int, 1), default=60, help="over the clips [60]")
+    add("--batch-size", type=count, default=50)
+    add("--seeds", type=train.number(int, 1), default=3, help="number of seeds, from 0 [3]")
+    add("--mixes", type=count, default=500, help="mixed clips to look at [500]")
+    add("--jobs", type=train.number(int, 0), help="side by side; 0: none in a process of its own")
+    add("--device", default=device, choices=["cpu", "cuda"])
+    add("--runs", default="runs/experiments", help="folder of runs and results")
+    parser.set_defaults(data="clips", root="", epochs=1)  # for `common.make_settings`
+    return parser
+
+
+def main():
+    args = make_parser().parse_args()
+    jobs = {}
+    for seed in range(args.seeds):
+        datasets = make_datasets(args, seed)
+        for method, changes in METHODS.items():
+            folder = Path(args.runs, f"clips-{args.images}x{args.passes}", f"{method}-{seed}")
+            settings = common.make_settings(args, datasets, "vit_micro", seed, folder, **changes)
+            jobs[method, seed] = (folder, settings, args)
+    common.run_jobs(train_job, list(jobs.values()), args.jobs, is_done)
+
+    top1 = {}
+    for method in METHODS:
+        top1[method] = [read_top1(jobs[method, seed]) for seed in range(args.seeds)]
+    rows = rules.make_accuracy_rows(top1)
+    text = common.markdown_table(["trained with", "top-1 %", "difference to area"], rows)
+    looks = [look(jobs["area", seed], args.mixes) for seed in range(args.seeds)]
+    rows = rules.make_error_rows(looks)
+    text += "\n" + common.markdown_table(["rule", "error of the share"], rows)
+    text += f"\n{args.mixes} mixes; {args.seeds} seeds. {compare.describe(args)}\n"
+    common.write_results("video", text, args.runs)
+
+
+if __name__ == "__main__":
+    common.main(main)

@@ -17,13 +17,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 
 import common
+import compare
 import data
 import train
+import transfer
 import vit
 from data import UserError
 
@@ -39,8 +41,7 @@ class Backbone(nn.Module):
 
     def __init__(self, settings):
         super().__init__()
-        # Checkpoints that train.py did not write have the classes of ImageNet.
-        classes = train.load_checkpoint(settings.finetune).get("classes", list(range(1000)))
+        classes = train.load_checkpoint(settings.finetune)["classes"]
         self.model = train.build_model(settings, len(classes))
         if not settings.scratch:
             train.load_weights(self.model, settings.finetune, classes, new_head=True)
@@ -87,23 +88,10 @@ def swin_maps(model, images, rand):
 
 
 # ------------------------------------------------------------------------------------------------
-# Built-in data: a backbone is trained on images of five classes, and fine-tuned on scenes with
-# objects of the other five.
+# Built-in scenes, with objects of the classes on which transfer.py does not train first.
 
-NUM_IMAGES = 2000
 NUM_SCENES = 300  # to train on, and as many to validate on
 SCENE_SIZE = 64  # pixels
-
-
-@functools.cache
-def open_images(seed):
-    """Images of the first five classes; the seed draws those to train on."""
-    parts = []
-    for name in (seed, "val"):
-        images, classes, _ = data.shapes(3 * NUM_IMAGES, (name, "images"))
-        chosen = (classes < 5).nonzero().flatten()[:NUM_IMAGES]
-        parts.append(TensorDataset(images[chosen], classes[chosen]))
-    return data.Datasets(*parts, data.SHAPES_CLASSES[:5], hflip=False)
 
 
 @functools.cache
@@ -112,7 +100,7 @@ def draw_scenes(n, seed):
 
 
 def draw_scene(*name):
-    """A scene of one to four objects of the other classes on a cluttered background.
+    """A scene of one to four objects of the last five built-in classes.
 
     name: of the random generator. Returns an image, (3, 64, 64) uint8, and a dict with an entry for
     each visible object: boxes (m, 4) as left, top, right, bottom, labels (m,) from 0, masks (m, 64,
@@ -238,8 +226,7 @@ def finetune(settings, datasets, model, loss, transform, score):
 # ------------------------------------------------------------------------------------------------
 # The experiment.
 
-MODELS = ("vit_micro", "swin_micro")  # of the built-in data
-TARGETS = {"area": "area", "TL-Align": "tl_align"}
+NUM_IMAGES = 2000  # on which transfer.py trains
 LARGE_SIZE = 256  # from this size on the recipe is that of large images
 MIN_STEPS = 150
 MICRO_LR = 1e-3  # of narrow models
@@ -255,7 +242,6 @@ def parse_args(doc):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--data", default="scenes", metavar="FOLDER", help="with annotated images [scenes]")
     add("--checkpoints", nargs="+", metavar="FILE", help="to start from; the first: the baseline")
-    add("--model", choices=train.MODELS, help="of checkpoints that train.py did not write")
     add("--size", type=count, help="of the model's input in pixels [the images', at most 512]")
     add("--steps", type=count, help="of fine-tuning")
     add("--batch-size", type=count)
@@ -266,8 +252,11 @@ def parse_args(doc):
     add("--device", default=device, choices=["cpu", "cuda"])
     add("--runs", default="runs/experiments", help="folder of runs and results")
     args = parser.parse_args()
-    if (args.data != "scenes" or args.model) and not args.checkpoints:
-        raise UserError("--data and --model need --checkpoints FILE ..., models to start from")
+    if args.data != "scenes" and not args.checkpoints:
+        raise UserError("--data needs --checkpoints FILE ..., the models to start from")
+    for path in args.checkpoints or []:
+        if train.load_checkpoint(path).get("format") != train.FORMAT:
+            raise UserError(f"{path} is no checkpoint of this version of train.py")
     if args.size and args.size % 32:
         raise UserError(f"--size must be a multiple of 32, got {args.size}")
     if "RANK" in os.environ:
@@ -278,35 +267,24 @@ def parse_args(doc):
 
 def find_starts(args):
     """The checkpoints to start from, {(model, start): a path for each seed}. The first start of a
-    model is the baseline. Those of the built-in data are trained first."""
+    model is the baseline. Without --checkpoints they are those of transfer.py, trained here."""
     if args.checkpoints:
         return {("", path): [path] * args.seeds for path in args.checkpoints}
-    flags = {"data": "shapes", "root": "", "device": args.device, "epochs": 5, "batch_size": 30}
-    flags = argparse.Namespace(**flags)
+    words = ["--images", str(NUM_IMAGES), "--passes", "5", "--device", args.device]
+    flags = common.make_parser("").parse_args([*words, "--runs", args.runs])
     starts, jobs = {}, []
-    for model in MODELS:
-        for start, targets in TARGETS.items():
-            outs = [f"{args.runs}/{model}-{targets}-{seed}" for seed in range(args.seeds)]
-            for seed, out in enumerate(outs):
-                images = open_images(seed)
-                settings = common.make_settings(flags, images, model, seed, out, targets=targets)
-                jobs.append((out, settings))
-            starts[model, start] = [f"{out}/last.pt" for out in outs]
-        starts[model, "from scratch"] = starts[model, start]  # for the kind of model
-    common.run_jobs(pretrain, jobs, args.jobs, is_pretrained)
+    for model in flags.models:
+        for start in transfer.TRAINED:
+            changes = compare.METHODS[start]
+            paths = starts[model, start] = []
+            for seed in range(args.seeds):
+                jobs.append(transfer.make_job(flags, False, model, seed, start, **changes))
+                paths.append(f"{jobs[-1][0]}/last.pt")
+        starts[model, "from scratch"] = paths  # for the kind of model
+    common.run_jobs(transfer.train_job, jobs, args.jobs, transfer.is_done)
     if train.get_world_size() > 1:
         dist.barrier()  # the first process writes the checkpoints
     return starts
-
-
-def pretrain(job):
-    _, settings = job
-    common.train_run(settings, open_images(settings.seed))
-
-
-def is_pretrained(job):
-    _, settings = job
-    return common.is_finished(settings, open_images(settings.seed))
 
 
 def make_settings(args, recipes, datasets, checkpoint, seed, out):
@@ -314,7 +292,6 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     one of the two for small and for large images."""
     num_images = len(datasets.train)
     words = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device, "--out", out]
-    words += ["--model", args.model] if args.model else []
     settings = train.parse_args(words)  # with the settings of the checkpoint's model
     settings.eval, settings.finetune = None, checkpoint
     settings.data, settings.workers = args.data, args.workers
@@ -338,7 +315,7 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     return settings
 
 
-def compare(name, args, recipes, open_datasets, tune, measures):
+def run(name, args, recipes, open_datasets, tune, measures):
     """Fine-tune from each starting point, and write the table.
 
     open_datasets(folder, seed): of --data, or scenes. tune((out, settings)): does a run. measures:

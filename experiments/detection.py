@@ -56,6 +56,7 @@ class Detector(nn.Module):
         super().__init__()
         self.encoder = dense.Backbone(settings)
         self.depth = self.encoder.model.depth
+        self.num_classes = num_classes
         width = settings.width
         last_level = ops.feature_pyramid_network.LastLevelMaxPool()
         fpn = ops.FeaturePyramidNetwork(self.encoder.channels, width, last_level)
@@ -85,13 +86,12 @@ class Detector(nn.Module):
 
 
 def loss(model, images, targets, mix_mask, rand, settings):
-    """The sum of the detector's losses. Crowds are not trained on. Labels start with 1, because 0
-    is the background."""
+    """The sum of the detector's losses. Crowds and boxes without area are not trained on."""
     kept = []
     for target in targets:
-        keep = ~target["crowd"]
+        keep = ~target["crowd"] & (ops.box_area(target["boxes"]) > 0)
         kept.append({name: x[keep] for name, x in target.items()})
-        kept[-1]["labels"] = kept[-1]["labels"] + 1
+        kept[-1]["labels"] = kept[-1]["labels"] + 1  # 0 is the background
     return sum(model(images, rand, kept).values())
 
 
@@ -182,73 +182,67 @@ def open_datasets(folder, seed):
 
 THRESHOLDS = np.linspace(0.5, 0.95, 10)  # of the overlap that makes a hit
 RECALLS = np.linspace(0, 1, 101)
+MISS, HIT, IGNORED = range(3)
 
 
-def average_precision(found, targets, num_classes, max_found=100):
+def average_precision(results, num_classes):
     """Average precision of boxes in percent: the mean over THRESHOLDS, AP, and at two of them,
     AP50 and AP75. Classes without objects are left out; nan if there are no objects.
 
-    found: a dict for each image, of boxes (n, 4), scores (n,) and labels (n,), of which the best
-    max_found of each class count. targets: of boxes, labels and crowd. All tensors.
+    results: for each image a dict of what was found, boxes (n, 4), scores (n,) and labels (n,), of
+    which the best 100 of a class count; and of what is there, boxes (m, 4), labels (m,), crowd
+    (m,). All are tensors on the CPU.
     """
-    per_class = []
+    table = []
     for label in range(num_classes):
-        scores, hits, ignored, num_objects = [], [], [], 0
-        for one, target in zip(found, targets, strict=True):
-            mine = one["labels"] == label
-            best = one["scores"][mine].argsort(descending=True, stable=True)[:max_found]
-            theirs = target["labels"] == label
-            crowd = target["crowd"][theirs].numpy()
-            iou = overlap(one["boxes"][mine][best], target["boxes"][theirs], crowd)
-            hit, ignore = match(iou, crowd)
-            scores.append(one["scores"][mine][best])
-            hits.append(hit)
-            ignored.append(ignore)
-            num_objects += int((~crowd).sum())
+        scores, overlaps, crowds = [], [], []
+        for found, target in results:
+            of_class = found["labels"] == label
+            best = found["scores"][of_class].argsort(descending=True, stable=True)[:100]
+            is_there = target["labels"] == label
+            boxes, crowd = target["boxes"][is_there], target["crowd"][is_there].numpy()
+            scores.append(found["scores"][of_class][best])
+            overlaps.append(overlap(found["boxes"][of_class][best], boxes, crowd))
+            crowds.append(crowd)
+        order = torch.cat(scores).argsort(descending=True, stable=True).numpy()
+        num_objects = sum(int((~crowd).sum()) for crowd in crowds)
         if num_objects:
-            order = torch.cat(scores).argsort(descending=True, stable=True).numpy()
-            hits = np.concatenate(hits, axis=1)[:, order]  # (thresholds, found)
-            counted = ~np.concatenate(ignored, axis=1)[:, order]
-            per_class.append(
-                [mean_precision(h[c], num_objects) for h, c in zip(hits, counted, strict=True)]
-            )
-    means = 100 * np.mean(per_class, axis=0) if per_class else np.full(len(THRESHOLDS), np.nan)
+            row = []
+            for threshold in THRESHOLDS:
+                pairs = zip(overlaps, crowds, strict=True)
+                kinds = np.concatenate([match(*pair, threshold) for pair in pairs])[order]
+                row.append(mean_precision(kinds[kinds != IGNORED] == HIT, num_objects))
+            table.append(row)
+    means = 100 * np.mean(table, axis=0) if table else np.full(len(THRESHOLDS), np.nan)
     return {"AP": float(means.mean()), "AP50": float(means[0]), "AP75": float(means[5])}
 
 
 def overlap(found, boxes, crowd):
-    """Intersection over union (n, m) of boxes (n, 4) and (m, 4). For a crowd (m,) it is the
-    intersection over the area of the box that was found."""
+    """Intersection over union, (n, m), of boxes (n, 4) and (m, 4), in float64. For a crowd it is
+    the intersection over the area of the box that was found. crowd: (m,)."""
     found, boxes = found.double(), boxes.double()
-    sides = torch.min(found[:, None, 2:], boxes[:, 2:]) - torch.max(
-        found[:, None, :2], boxes[:, :2]
-    )
-    shared = sides.clamp(min=0).prod(2).numpy()
+    low = torch.maximum(found[:, None, :2], boxes[:, :2])
+    high = torch.minimum(found[:, None, 2:], boxes[:, 2:])
+    shared = (high - low).clamp(min=0).prod(2).numpy()
     area = ops.box_area(found)[:, None].numpy()
     return shared / np.where(crowd, area, area + ops.box_area(boxes).numpy() - shared)
 
 
-def match(iou, crowd):
-    """Which boxes that were found are hits. Each takes, best score first, the object left that it
-    overlaps most; a crowd can be taken many times and is not counted, neither right nor wrong.
-
-    iou: (found, objects). Returns whether a box hits an object or a crowd, and whether it hit a
-    crowd, (10, found) each.
-    """
-    hits = np.zeros((len(THRESHOLDS), len(iou)), dtype=bool)
-    ignored = np.zeros_like(hits)
-    for t, threshold in enumerate(THRESHOLDS):
-        left = np.ones(len(crowd), dtype=bool)
-        for i, row in enumerate(iou):
-            near = left & (row >= threshold)
-            if (near & ~crowd).any():
-                near &= ~crowd  # objects come first
-            if near.any():
-                best = np.flatnonzero(near & (row == row[near].max()))[-1]
-                hits[t, i] = True
-                ignored[t, i] = crowd[best]
-                left[best] = crowd[best]
-    return hits, ignored
+def match(iou, crowd, threshold):
+    """MISS, HIT or IGNORED for each box that was found in an image, best score first: a box takes
+    the object left that it overlaps most. Crowds can be taken many times and count for nothing.
+    iou: (n, m), from `overlap`. crowd: (m,)."""
+    kinds = np.full(len(iou), MISS)
+    left = np.ones(len(crowd), dtype=bool)
+    for i, row in enumerate(iou):
+        near = left & (row >= threshold)
+        if (near & ~crowd).any():
+            near &= ~crowd  # objects come before crowds
+        if near.any():
+            best = np.flatnonzero(near & (row == row[near].max()))[-1]  # of equals the last
+            kinds[i] = IGNORED if crowd[best] else HIT
+            left[best] = crowd[best]
+    return kinds
 
 
 def mean_precision(hits, num_objects):
@@ -265,11 +259,6 @@ def mean_precision(hits, num_objects):
 # The experiment.
 
 
-def get_labels(inputs):
-    _, target = inputs
-    return target["labels"], target["crowd"]
-
-
 def make_transform(settings):
     """Another size that fits into a square, a random place in it, and a flip."""
     size = settings.size
@@ -278,7 +267,6 @@ def make_transform(settings):
             v2.ScaleJitter((size, size), (settings.min_scale, 1.0)),
             v2.RandomCrop(size, pad_if_needed=True),
             v2.RandomHorizontalFlip(),
-            v2.SanitizeBoundingBoxes(labels_getter=get_labels),  # leaves out those without area
         ]
     )
 
@@ -296,17 +284,12 @@ def score(model, dataset, settings):
         target = {
             name: target[name].as_subclass(torch.Tensor) for name in ("boxes", "labels", "crowd")
         }
-        results.append((i, found, target))
+        results.append((found, target))
     if train.get_world_size() > 1:
         parts = [None] * train.get_world_size()
         dist.all_gather_object(parts, results)
-        results = sorted(
-            (result for part in parts for result in part), key=lambda result: result[0]
-        )
-    _, found, targets = zip(*results, strict=True)
-    return average_precision(
-        found, targets, model.net.roi_heads.box_predictor.cls_score.out_features - 1
-    )
+        results = [result for part in parts for result in part]
+    return average_precision(results, model.num_classes)
 
 
 def tune(job):
@@ -320,7 +303,7 @@ def tune(job):
 def main():
     args = dense.parse_args(__doc__)
     measures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}
-    dense.compare("detection", args, (SMALL, LARGE), open_datasets, tune, measures)
+    dense.run("detection", args, (SMALL, LARGE), open_datasets, tune, measures)
 
 
 if __name__ == "__main__":

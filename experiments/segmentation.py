@@ -112,8 +112,8 @@ def loss(model, images, targets, mix_mask, rand, settings):
 
 
 class MaskFiles(Dataset):
-    """paths: pairs of an image and its mask. Masks whose classes start with 1 have 0 where they
-    are not labelled, as ADE20K's. Raises UserError for a file that cannot be used."""
+    """paths: pairs of an image and its mask, a PNG. Where classes are numbered from 1, as in
+    ADE20K, 0 is unlabelled. Raises UserError for a file that cannot be used."""
 
     def __init__(self, paths, num_classes, first_class=0):
         self.paths = paths
@@ -131,28 +131,21 @@ class MaskFiles(Dataset):
         except OSError as error:
             raise UserError(f"{mask_path} cannot be read: {error}") from error
         if mask.dtype != np.uint8 or mask.shape != tuple(image.shape[1:]):
-            size = f"{image.shape[2]} x {image.shape[1]} px"
-            raise UserError(f"{mask_path} must have a number of 8 bits for each of the {size}")
+            raise UserError(f"{mask_path} must have 8 bits for each pixel of {image_path}")
         mask -= self.first_class  # 0 becomes 255
         largest = mask[mask != UNLABELLED].max(initial=0)
         if largest >= self.num_classes:
-            raise UserError(
-                f"{mask_path} has class {largest + self.first_class}, but there are "
-                f"{self.num_classes} classes from {self.first_class}; 255 is unlabelled"
-            )
+            largest, last = largest + self.first_class, self.num_classes - 1 + self.first_class
+            raise UserError(f"{mask_path} has class {largest}, but the last one is {last}")
         return tv_tensors.Image(image), {"mask": tv_tensors.Mask(mask)}
 
 
 def pair_files(images, masks):
-    """The images of a folder, and the mask of the same name in another one. Raises UserError."""
-    paths = sorted(p for p in Path(images).glob("*") if p.suffix.lower() in data.IMAGE_EXTENSIONS)
+    """Paths of the images of a folder, each with that of its mask. Raises UserError."""
+    paths = sorted(p for p in images.glob("*") if p.suffix.lower() in data.IMAGE_EXTENSIONS)
     if not paths:
         raise UserError(f"{images} has no images; --help says how a folder may be laid out")
-    pairs = [(path, Path(masks, f"{path.stem}.png")) for path in paths]
-    for image, mask in pairs:
-        if not mask.exists():
-            raise UserError(f"{image} has no mask: {mask} is missing")
-    return pairs
+    return [(path, masks / f"{path.stem}.png") for path in paths]
 
 
 @functools.cache
@@ -163,22 +156,23 @@ def open_datasets(folder, seed):
         parts = [[class_mask(*scene) for scene in part] for part in scenes]
         return data.Datasets(*parts, ["background", *data.SHAPES_CLASSES[5:]])
     root = Path(folder)
+    first_class = 0
     if (root / "VOCdevkit").is_dir():
+        classes = list(range(21))
         voc = [torchvision.datasets.VOCSegmentation(root, image_set=s) for s in ("train", "val")]
-        parts = [list(zip(part.images, part.masks, strict=True)) for part in voc]
-        classes, first_class = [str(i) for i in range(21)], 0
+        pairs = [list(zip(part.images, part.masks, strict=True)) for part in voc]
     elif (root / "annotations").is_dir():
+        classes = list(range(150))
+        first_class = 1
         splits = ("training", "validation")
-        parts = [pair_files(root / "images" / s, root / "annotations" / s) for s in splits]
-        classes, first_class = [str(i) for i in range(1, 151)], 1
+        pairs = [pair_files(root / "images" / s, root / "annotations" / s) for s in splits]
     else:
-        parts = [pair_files(root / s / "images", root / s / "masks") for s in ("train", "val")]
-        if not (root / "classes.txt").exists():
-            raise UserError(f"{root} needs a file classes.txt with the name of a class a line")
-        classes, first_class = (root / "classes.txt").read_text().split("\n"), 0
-        classes = [name for name in classes if name.strip()]
-    parts = [MaskFiles(paths, len(classes), first_class) for paths in parts]
-    return data.Datasets(*parts, classes)
+        pairs = [pair_files(root / s / "images", root / s / "masks") for s in ("train", "val")]
+        try:
+            classes = (root / "classes.txt").read_text().splitlines()
+        except OSError as error:
+            raise UserError(f"{root} needs classes.txt with the name of a class a line") from error
+    return data.Datasets(*[MaskFiles(p, len(classes), first_class) for p in pairs], classes)
 
 
 def class_mask(image, target):
@@ -269,7 +263,7 @@ def tune(job):
 def main():
     args = dense.parse_args(__doc__)
     measures = {"miou": "mean IoU %", "accuracy": "pixels %"}
-    dense.compare("segmentation", args, (SMALL, LARGE), open_datasets, tune, measures)
+    dense.run("segmentation", args, (SMALL, LARGE), open_datasets, tune, measures)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import sys
@@ -295,7 +296,7 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     settings = train.parse_args(words)  # with the settings of the checkpoint's model
     settings.eval, settings.finetune = None, checkpoint
     settings.data, settings.workers = args.data, args.workers
-    settings.size = args.size or min(data.median_size(datasets.train), 512) // 32 * 32
+    settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)
     vars(settings).update(recipes[settings.size >= LARGE_SIZE])
     if settings.model.endswith("micro"):
         settings.lr = MICRO_LR
@@ -325,7 +326,7 @@ def run(name, args, recipes, open_datasets, tune, measures):
     for (model, start), checkpoints in find_starts(args).items():
         runs[model, start] = []
         for seed, checkpoint in enumerate(checkpoints):
-            label = f"{model}-{start}-{seed}".strip("-").replace("/", "-").replace(" ", "-")
+            label = re.sub(r"[^\w.]+", "-", f"{model} {start} {seed}").strip("-.")
             datasets = open_datasets(args.data, seed)
             out = f"{args.runs}/{name}-{Path(args.data).resolve().name}/{label}"
             settings = make_settings(args, recipes, datasets, checkpoint, seed, out)
@@ -343,7 +344,7 @@ def run(name, args, recipes, open_datasets, tune, measures):
         text = common.markdown_table(header, make_rows(runs, measures))
         text += f"\n{settings.steps} steps of {settings.batch_size} images of {settings.size} px; "
         text += f"{len(datasets.train)} images to train on, {len(datasets.val)} to validate; "
-        text += f"{args.seeds} seeds, ± is half of the 95 % interval of the paired differences.\n"
+        text += f"{args.seeds} seed(s), ± is half of a 95 % interval of paired differences.\n"
         common.write_results(name, text, args.runs)
 
 

@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import traceback
-from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -50,46 +49,32 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class Here:
-    """In the place of a pool of processes, whose start takes seconds: the same calls, in this
-    process."""
-
-    def __init__(self, *args):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        pass
-
-    def submit(self, function, *args):
-        future = Future()
-        future.set_result(function(*args))
-        return future
-
-
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
     """Run an experiment's main in this process and a folder of its own, on few built-in images.
-    Returns its output, and the Markdown that it wrote."""
-    import runs  # here, so that the tests of the core do not need the experiments
+
+    here(compare, "--seeds", 1, ...) returns what it printed, and the Markdown that it wrote.
+    common_flags: whether it has the flags that most experiments have.
+    """
+    import compare  # here, so that the tests of the core do not need the experiments
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(runs, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
     monkeypatch.setattr(data, "SHAPES_VAL", 60)
 
-    def run(experiment, *args):
+    def run(experiment, *words, common_flags=True):
+        compare.open_images.cache_clear()
+        compare.open_masks.cache_clear()
         name = experiment.__name__
-        small = [*SMALL, "--seeds", 1, "--device", "cpu"]
-        monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *args])])
+        small = [*SMALL, "--seeds", 1, "--device", "cpu", "--jobs", 0] if common_flags else []
+        monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *words])])
         experiment.main()
-        folder = tmp_path / "runs" / "experiments"
-        assert (folder / f"{name}.svg").read_text().endswith("</svg>\n")
-        return capsys.readouterr().out, (folder / f"{name}.md").read_text()
+        text = (tmp_path / "runs" / "experiments" / f"{name}.md").read_text()
+        return capsys.readouterr().out, text
 
-    return run
+    yield run
+    compare.open_images.cache_clear()
+    compare.open_masks.cache_clear()
 
 
 @pytest.fixture

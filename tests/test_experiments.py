@@ -1,7 +1,6 @@
-"""Each experiment runs from its command, at its smallest size, and writes what it says."""
+"""Each experiment runs at a small size, and measures what it says."""
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
@@ -15,8 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import SMALL
+from helpers import assert_one_line
+from torch.utils.data import TensorDataset
 from torchvision.io import decode_image
 
+import common
 import compare
 import cost
 import data
@@ -24,185 +26,215 @@ import loader
 import mixing_ratio
 import picture
 import robustness
-import rules
-import runs
-import swin
 import tl_align
 import train as script
 import transfer
 import transmix
 import vit
-import weighing
+import where_mixing_pays
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXPERIMENTS = Path(runs.__file__).parent
+EXPERIMENTS = Path(common.__file__).parent
 
 
-def command(tmp_path, name, *args):
-    line = [sys.executable, EXPERIMENTS / name, *map(str, args)]
-    done = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+# ------------------------------------------------------------------------------------------------
+# Each script.
 
 
 @pytest.mark.parametrize("given", [True, False], ids=["a folder", "its own images"])
-def test_loader(tmp_path, folder, given, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = [folder / "train"] if given else []
-    args += ["--images", 8, "--rounds", 1, "--size", 64]
-    monkeypatch.setattr(sys, "argv", ["loader.py", *map(str, args)])
-    loader.main()
-    assert "| decode once, crop three times |" in capsys.readouterr().out
-    assert (tmp_path / "runs" / "loader" / "augmented.png").stat().st_size > 10_000
+def test_loader(here, tmp_path, folder, given):
+    words = [folder / "train"] if given else []
+    words += ["--images", 8, "--rounds", 1, "--size", 64, "--out", "runs/experiments"]
+    _, text = here(loader, *words, common_flags=False)
+    assert "| decode once, crop three times |" in text
+    assert (tmp_path / "runs" / "experiments" / "augmented.png").stat().st_size > 10_000
 
 
-def test_cost(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    args = [
-        "--models",
-        "vit_micro",
-        "--sizes",
-        32,
-        "--forms",
-        "explicit",
-        "channels",
-        "--rounds",
-        1,
-    ]
-    args += ["--batch-size", 2]
-    monkeypatch.setattr(sys, "argv", ["cost.py", *map(str, args), "--device", "cpu"])
-    cost.main()
-    table = (tmp_path / "runs" / "cost" / "cost.md").read_text()
-    assert table.strip() in capsys.readouterr().out and len(table.splitlines()) == 4
-    assert table.count("%) | ") == 2 and "failed" not in table
+def test_cost(here):
+    words = ["--models", "vit_micro", "--sizes", 32, "--rounds", 1, "--forms", "explicit", "fused"]
+    words += ["--batch-size", 2, "--device", "cpu", "--out", "runs/experiments"]
+    out, text = here(cost, *words, common_flags=False)
+    assert text in out
+    for form in ("explicit", "fused"):
+        for target in cost.TARGETS:
+            assert text.count(f"| vit_micro | 32 | {form} | {target} |") == 1
+
+
+def make_checkpoint(path, folder, model="vit_micro", **options):
+    settings = script.parse_args(["--data", str(folder), "--model", model, "--device", "cpu"])
+    script.fill_defaults(settings, 40, 24)
+    path.parent.mkdir(exist_ok=True)
+    state = script.build_model(settings, 2).state_dict()
+    torch.save({"model": state, "args": vars(settings)}, path)
+    return path
+
+
+def draw_picture(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["picture.py", *map(str, words), "--device", "cpu"])
+    picture.main()
 
 
 @pytest.mark.parametrize("model", ["vit_micro", "swin_micro"])
 def test_picture_of_a_checkpoint(tmp_path, folder, model, monkeypatch, capsys):
-    s = script.parse_args(["--data", str(folder), "--model", model, "--device", "cpu"])
-    script.fill_defaults(s, 40, 24)
-    path = tmp_path / "run" / "best.pt"
-    path.parent.mkdir()
-    torch.save({"model": script.build_model(s, 2).state_dict(), "args": vars(s)}, path)
-    monkeypatch.setattr(sys, "argv", ["picture.py", str(path), "--device", "cpu"])
-    picture.main()
+    path = make_checkpoint(tmp_path / "run" / "best.pt", folder, model)
+    draw_picture(monkeypatch, path)
     drawn = path.with_name("alignment.png")
     assert capsys.readouterr().out.startswith(f"{drawn}: ")
-    cell, columns = picture.CELL + picture.GAP, 2 + 4  # layers
-    height = picture.ROWS * (cell + picture.CAPTION) + picture.GAP
+    cell, num_columns = picture.CELL + picture.GAP, 2 + 4  # layers
+    height = picture.NUM_ROWS * (cell + picture.CAPTION) + picture.GAP
     image = decode_image(drawn)
-    assert image.shape == (3, height, columns * cell + picture.GAP)
+    assert image.shape == (3, height, num_columns * cell + picture.GAP)
     assert image.float().std() > 30  # not blank
-    monkeypatch.setattr(
-        sys, "argv", ["picture.py", str(path), "--out", str(tmp_path / "other" / "it.png")]
-    )
-    picture.main()
-    assert (tmp_path / "other" / "it.png").read_bytes() == drawn.read_bytes()
-    torch.save(torch.load(path) | {"args": vars(s) | {"residual": "parts"}}, path)  # of compare.py
-    picture.main()
-    assert (tmp_path / "other" / "it.png").read_bytes() != drawn.read_bytes()
 
 
-def test_compare_trains_in_processes_and_goes_on_from_what_is_done(here, tmp_path, folder):
-    args = ["--data", folder, "--models", "vit_micro", "--methods", "TL-Align", "--seeds", 1]
-    out = command(tmp_path, "compare.py", *args, *SMALL, "--jobs", 2)
-    assert "train: 2 to do of 2" in out and "| vit_micro | TL-Align |" in out
-    shutil.rmtree(next((tmp_path / "runs").rglob("*area-0")))  # as if it had been stopped before
-    out, _ = here(compare, *args)
-    assert "train: 1 to do of 2" in out
+def test_picture_needs_validation_images_only(tmp_path, folder, monkeypatch):
+    path = make_checkpoint(tmp_path / "run" / "best.pt", folder)
+    draw_picture(monkeypatch, path)
+    shutil.rmtree(folder / "train")
+    draw_picture(monkeypatch, path, "--out", tmp_path / "other" / "picture.png")
+    expected = path.with_name("alignment.png").read_bytes()
+    assert (tmp_path / "other" / "picture.png").read_bytes() == expected
 
 
-def test_processes_end_with_the_experiment_that_was_killed(tmp_path, folder):
-    args = [
-        "--data",
-        folder,
-        "--models",
-        "vit_micro",
-        "--methods",
-        "area",
-        "--seeds",
-        2,
-        "--jobs",
-        2,
-    ]
-    line = [sys.executable, EXPERIMENTS / "compare.py", *args, *SMALL, "--epochs", 100_000]
-    group = {"start_new_session": True, "stdout": subprocess.PIPE}
-    experiment = subprocess.Popen([*map(str, line)], cwd=tmp_path, **group)
-    try:
-        until = time.monotonic() + 120
-        while len([*tmp_path.rglob("metrics.jsonl")]) < 2:  # both have trained an epoch
-            assert experiment.poll() is None and time.monotonic() < until
-            time.sleep(0.1)
-        experiment.kill()
-        experiment.communicate(timeout=30)  # their output ends when none is left to write it
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(experiment.pid, signal.SIGKILL)
+def test_picture_of_others_weights_with_photographs_of_no_class(tmp_path, folder, monkeypatch):
+    path = tmp_path / "vit.pth"
+    torch.save(vit.vit_micro(img_size=48, patch_size=8, num_classes=7).state_dict(), path)
+    photographs = folder / "val" / "dark"
+    draw_picture(monkeypatch, path, "--model", "vit_micro", "--data", photographs)
+    assert decode_image(tmp_path / "alignment.png").float().std() > 30
 
 
-def test_compare_covers_every_method(here):
+def test_compare_covers_every_method_and_goes_on_from_what_is_done(here, tmp_path):
     out, text = here(compare)
-    assert text.strip() in out
-    assert sum(line.startswith("| vit_micro") for line in text.splitlines()) == len(runs.METHODS)
-    assert (
-        sum(line.startswith("| swin_micro") for line in text.splitlines()) == len(runs.METHODS) - 1
-    )
+    assert "9 of 9 runs to do" in out and text in out
+    for model, num_methods in (("vit_micro", 5), ("swin_micro", 4)):  # TransMix is for ViTs
+        assert text.count(f"| {model} |") == num_methods
+    shutil.rmtree(next(tmp_path.rglob("vit_micro-area-0")))  # as if it had been stopped before
+    out, again = here(compare)
+    assert "1 of 9 runs to do" in out and again == text
 
 
-def test_what_looks_at_models_shares_the_runs_of_area_and_tl_align(here):
-    out, text = here(mixing_ratio)
-    assert "train: 8 to do of 8" in out
-    first, layers = text.split("After each layer")
-    assert first.count("| vit_micro |") == 8
-    assert all(first.count(f"| {name}_micro |") == 6 for name in ("swin", "mixer", "convnext"))
-    assert layers.count("| TL-Align, norm |") == 4 * 8  # eight models of four layers
-    out, text = here(rules, "--mixes", 20)
-    assert "train: 0 to do of 4" in out and "20 mixes" in text
-    assert (
-        text.count("| parts less the mean patch |") == 4 and text.count("| truth: objects |") == 4
-    )
-    assert "nan" not in text
-    out, text = here(robustness, "--models", "vit_micro")
-    assert "train: 0 to do of 2" in out and "measure: 2 to do of 2" in out
-    assert all(f"| {name} |" in text for name in ["clean", "PGD 4/255", *robustness.CORRUPTIONS])
-    out, again = here(robustness, "--models", "vit_micro")
-    assert "measure: 0 to do of 2" in out and again == text
+def test_a_run_on_other_images_is_not_taken_for_done(here, folder, capsys):
+    words = ["--data", folder, "--models", "vit_micro", "--methods", "area"]
+    here(compare, *words)
+    shutil.copy(folder / "train" / "dark" / "00.jpg", folder / "train" / "dark" / "more.jpg")
+    with pytest.raises(SystemExit) as end:
+        common.main(lambda: here(compare, *words))
+    done = argparse.Namespace(status=end.value.code, out="", err=capsys.readouterr().err)
+    assert_one_line(done, "vit_micro-area-0 holds a run with other settings or data", "--runs")
+
+
+def test_others_share_the_runs_of_compare(here):
+    vit_only = ["--models", "vit_micro"]
+    here(compare, *vit_only, "--methods", "TL-Align")
+    out, text = here(mixing_ratio, "--mixes", 20)
+    assert "2 of 4 runs to do" in out  # of swin_micro
+    assert text.count("| TL-Align | TL-Align |") == 2 * 4  # two models of four layers
+    assert text.count("| TransMix |") == 2 and "nan" not in text
+    out, text = here(robustness, *vit_only)
+    assert "0 of 2 runs to do" in out and "2 of 2 runs to do" in out
+    for name in ("clean", "PGD 4/255", "50% blanked", "blur 0.031", "calibration error"):
+        assert f"| {name} |" in text
+    out, again = here(robustness, *vit_only)
+    assert out.count("0 of 2 runs to do") == 2 and again == text
 
 
 def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, folder, tmp_path):
-    args = ["--data", folder, "--models", "vit_micro"]
-    here(compare, *args, "--methods", "TL-Align")
-    checkpoints = sorted((tmp_path / "runs").rglob("best.pt"))
-    for severity in "12":
-        shutil.copytree(folder / "val" / "dark", tmp_path / "other" / "fog" / severity / "dark")
-    _, text = here(
-        robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "other"
-    )
-    assert "| other | 100.00 | 100.00 | +0.00 |" in text  # one class alone can't be mistaken
+    checkpoint = make_checkpoint(tmp_path / "run" / "best.pt", folder)
+    (tmp_path / "other").mkdir()
+    shutil.copytree(folder / "val" / "dark", tmp_path / "other" / "dark")
+    words = ["--data", folder, "--checkpoints", checkpoint, "--folders"]
+    _, text = here(robustness, *words, tmp_path / "other")
+    assert "other | 100.00 |" in text  # a single class cannot be mistaken
     (tmp_path / "none").mkdir()
-    with pytest.raises(
-        data.UserError, match="none has no folders named by the classes, such as 'dark'"
-    ):
-        here(robustness, *args, "--checkpoints", *checkpoints, "--folders", tmp_path / "none")
+    with pytest.raises(data.UserError, match="none has no folder named by a class, such as 'dark'"):
+        here(robustness, *words, tmp_path / "none")
 
 
-def test_transfer_trains_on_one_half_of_the_classes_and_then_on_the_other(here, tmp_path):
+def test_transfer_trains_on_half_of_the_classes_and_then_on_the_other_half(here, tmp_path):
     _, text = here(transfer, "--models", "vit_micro", "--few", 20, "--tune-passes", 1)
-    assert "| vit_micro | from scratch |" in text and "of classes checks to rings" in text
-    config = json.loads(next(tmp_path.rglob("shapes-second-half-area*/*/config.json")).read_text())
-    assert "shapes-first-half" in config["finetune"] and "-area-0/last.pt" in config["finetune"]
+    assert text.count("| vit_micro |") == 3
+    config = next(tmp_path.rglob("shapes-second-half-*/vit_micro-area-0/config.json"))
+    finetune = json.loads(config.read_text())["finetune"]
+    assert "shapes-first-half" in finetune and finetune.endswith("vit_micro-area-0/last.pt")
+
+
+def test_where_mixing_pays(here, monkeypatch):
+    monkeypatch.setattr(where_mixing_pays, "SETTINGS", [{"images": 20}, {"clutter": 0.5}])
+    _, text = here(where_mixing_pays, "--models", "vit_micro")
+    assert text.count("| vit_micro |") == 2
+
+
+# ------------------------------------------------------------------------------------------------
+# Processes.
+
+
+def start_compare(folder, tmp_path):
+    words = ["--data", folder, "--models", "vit_micro", "--methods", "area", "no mixing"]
+    words += [*SMALL, "--seeds", 1, "--jobs", 2, "--epochs", 100_000]
+    return subprocess.Popen(
+        [str(word) for word in [sys.executable, EXPERIMENTS / "compare.py", *words]],
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_epochs(tmp_path, experiment, start):
+    """Until both runs have ended an epoch after the time start."""
+    while True:
+        assert experiment.poll() is None and time.time() < start + 120
+        written = [path.stat().st_mtime for path in tmp_path.rglob("metrics.jsonl")]
+        if sum(when > start for when in written) == 2:
+            return
+        time.sleep(0.1)
+
+
+def test_stopped_and_killed_runs_leave_no_process_and_continue(folder, tmp_path):
+    for number in (signal.SIGINT, signal.SIGKILL):
+        experiment = start_compare(folder, tmp_path)
+        try:
+            wait_for_epochs(tmp_path, experiment, start=time.time())
+            if number == signal.SIGINT:
+                os.killpg(experiment.pid, number)  # as a terminal does
+            else:
+                experiment.kill()
+            # The pipes are closed when no process is left to write to them.
+            _, err = experiment.communicate(timeout=30)
+        finally:
+            experiment.kill()
+        if number == signal.SIGINT:
+            assert experiment.returncode == 130
+            assert err == "stopped: the same command continues\n"
+    for log in tmp_path.rglob("log.txt"):
+        assert "resuming after step" in log.read_text()
+
+
+def fail(job):
+    raise data.UserError("not this one")
+
+
+def test_a_job_that_fails_ends_the_script_in_one_line(tmp_path, capfd):
+    with pytest.raises(SystemExit) as end:
+        common.run_jobs(fail, [(tmp_path / "a",), (tmp_path / "b",)], num_processes=1)
+    done = argparse.Namespace(status=end.value.code, out="", err=capfd.readouterr().err)
+    assert_one_line(done, "not this one")
+
+
+# ------------------------------------------------------------------------------------------------
+# What they measure.
 
 
 def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
-    args = argparse.Namespace(passes=1, data="shapes", root="data", images=30, val_images=0)
-    sets = runs.open_part(args, range(5, 10))
-    assert sets.classes == data.SHAPES_CLASSES[5:] and len(sets.train) == 30
-    assert {sets.train[i][1] for i in range(30)} <= set(range(5))
-
-
-# --------------------------------------------------------------------------------------------------
-# What they measure.
+    datasets = data.open_datasets("shapes")
+    part = common.keep_classes(datasets, range(5, 10))
+    assert part.classes == data.SHAPES_CLASSES[5:]
+    targets = [target for _, target in part.train]
+    expected = [int(target) - 5 for _, target in datasets.train if target >= 5]
+    assert targets == expected
 
 
 def small_vit():
@@ -264,7 +296,43 @@ def test_the_loss_of_transmix_is_that_of_its_share_and_no_gradient_goes_through_
     )
 
 
-class Linear(torch.nn.Module):
+def test_the_objects_share_is_counted_where_the_mix_shows_them():
+    objects, mask = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    objects[0, :, :, :2] = 1  # eight pixels, of which the box hides four
+    objects[1] = 1  # everywhere: eight in the box
+    mask[:, :, :2] = 1
+    expected = torch.tensor([[8 / 12], [4 / 12]])
+    torch.testing.assert_close(compare.object_share(objects, mask), expected)
+    assert compare.object_share(0 * objects, mask).isnan().all()
+
+
+def test_the_oracle_sees_the_masks_of_the_images_and_the_area_where_there_is_no_object():
+    settings = argparse.Namespace(img_size=32, batch_size=4, aug_repeats=1, seed=3, workers=0)
+    settings.device, settings.smoothing = "cpu", 0.1
+    images, targets, masks = data.shapes(12, 0)
+    masks[:4] = False
+    images = torch.where(masks[:, None], 255, 255 - images // 2)  # white where the object is
+    masks = 255 * masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
+    train_loader = data.InMemoryLoader(TensorDataset(images, targets), settings, slice(None))
+    loss = compare.ObjectLoss(TensorDataset(masks, targets), settings, step=2)
+    model = vit.vit_micro(num_classes=10)
+    for epoch, first_step in ((0, 2), (1, 0)):  # from the third step on, over the end of an epoch
+        train_loader.set_epoch(epoch, first_step)
+        for images, targets in train_loader:
+            rand = data.uniform((4, 3), "mask", epoch)
+            mask = tl_align.cutmix_mask(rand, (32, 32), 4)
+            seen = (images == 255).all(1, keepdim=True).float()
+            share = compare.object_share(seen, mask)
+            share = torch.where(share.isnan(), mask.mean((2, 3)), share)
+            batch = data.normalize(images)
+            logits = model(tl_align.mix(batch, mask))
+            expected = tl_align.mixed_cross_entropy(logits, targets, share, 0.1)
+            torch.testing.assert_close(loss(model, batch, targets, mask, None, settings), expected)
+    with pytest.raises(ValueError, match="not those of the images"):
+        loss(model, batch, targets + 1, mask, None, settings)
+
+
+class MeanColor(torch.nn.Module):
     """A head on the mean of all pixels: what each contributes is known."""
 
     def forward(self, images):
@@ -277,12 +345,11 @@ def test_the_influence_of_a_source_on_a_linear_model_is_what_it_adds():
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :, 6:] = 1  # a quarter is the partner's
     owners, mixed = torch.stack([1 - mask, mask], dim=1), tl_align.mix(images, mask)
-    shares = mixing_ratio.influence(Linear(), mixed, owners, [torch.zeros(1, 3, 8, 8)])
+    shares = mixing_ratio.influence(MeanColor(), mixed, owners, [torch.zeros(1, 3, 8, 8)])
     torch.testing.assert_close(shares[:, 1], torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
-    instead = [
-        torch.full((1, 3, 8, 8), value) for value in (0.0, 1.0)
-    ]  # half above nothing, on average
-    shares = mixing_ratio.influence(Linear(), mixed, owners, instead)
+    # Half above nothing, on average.
+    blanks = [torch.full((1, 3, 8, 8), value) for value in (0.0, 1.0)]
+    shares = mixing_ratio.influence(MeanColor(), mixed, owners, blanks)
     torch.testing.assert_close(shares[:, 1], torch.tensor([2.5 / (2.5 + 1.5), 0.5 / (0.5 + 7.5)]))
 
 
@@ -293,112 +360,106 @@ def test_the_influence_is_shapleys_value_for_three_sources():
     levels = (owners * torch.tensor([1.0, 2.0, 3.0]).view(1, 3, 1, 1, 1)).sum(1)
 
     def product(images):  # a game in which all three together are worth something more
-        a, b, c = (
-            images[:, :1, :, i].mean((2, 3)) * 3 for i in (slice(0, 2), slice(2, 4), slice(4, 6))
-        )
+        columns = (slice(0, 2), slice(2, 4), slice(4, 6))
+        a, b, c = (3 * images[:, :1, :, i].mean((2, 3)) for i in columns)
         return a * b * c + c
 
-    shares = mixing_ratio.influence(
-        product, levels.expand(-1, 3, -1, -1), owners, [torch.zeros(1, 3, 6, 6)]
-    )
+    blank = torch.zeros(1, 3, 6, 6)
+    shares = mixing_ratio.influence(product, levels.expand(-1, 3, -1, -1), owners, [blank])
     a, b, c = 3.0, 6.0, 9.0
     third = a * b * c / 3
     torch.testing.assert_close(shares, torch.tensor([[third, third, third + c]]) / (3 * third + c))
 
 
-def test_visible_objects_are_counted_where_the_mix_shows_them():
-    masks, mask = torch.zeros(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
-    masks[0, :, :, :2] = 1  # eight pixels, of which the box hides four
-    masks[1] = 1  # everywhere: eight in the box
-    mask[:, :, :2] = 1
-    owners = torch.stack([1 - mask, mask], dim=1)
-    torch.testing.assert_close(mixing_ratio.objects(masks, owners), torch.tensor([8 / 12, 4 / 12]))
-    assert mixing_ratio.objects(0 * masks, owners).isnan().all()
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("make", [vit.vit_micro, swin.swin_micro])
-def test_a_measured_residual_weighs_what_attention_adds_beside_the_token(make):
-    torch.manual_seed(0)
-    model, images, given = make().double().eval(), torch.randn(2, 3, 32, 32).double(), []
-    labels, block = (
-        torch.rand(2, (32 // model.patch_size) ** 2, 1).double(),
-        next(b for b in model.modules() if isinstance(b, (vit.Block, swin.Block))),
+def test_the_mean_patch_is_the_mean_over_patches():
+    images = torch.arange(64.0).view(1, 1, 8, 8).expand(2, 3, -1, -1)
+    blank = mixing_ratio.mean_patch(images, 4)
+    assert blank.shape == (1, 3, 8, 8)
+    assert (
+        blank[0, 0, 5, 2]
+        == (images[0, 0, 1, 2] + images[0, 0, 1, 6]) / 4
+        + (images[0, 0, 5, 2] + images[0, 0, 5, 6]) / 4
     )
-    hooks = [block.register_forward_pre_hook(lambda _, args: given.append(args[0]))]
-    hooks.append(block.norm2.register_forward_pre_hook(lambda _, args: given.append(args[0])))
-    before, half = (y for y, _ in model.intermediate_labels(images, labels)[:2])
-    for hook in hooks:
-        hook.remove()
-    with weighing.by(model, "norm"):
-        logits, aligned = model(images, labels)
-        norm = model.intermediate_labels(images, labels)[1][0]
-    x, after = given
-    added, kept = ((after - x).norm(dim=-1, keepdim=True), x.norm(dim=-1, keepdim=True))
-    w = added / (added + kept)
-    w = w[:, 1:].reshape(*half.shape) if make is vit.vit_micro else w  # without the class token
-    torch.testing.assert_close(norm, (1 - w) * before + w * (2 * half - before))
-    assert torch.equal(logits, model(images)) and not torch.equal(aligned, model(images, labels)[1])
-    assert torch.equal(model.intermediate_labels(images, labels)[1][0], half)  # as before
 
 
 def test_scores_are_the_error_and_spearmans_correlation():
     true = torch.rand(1, 40, generator=torch.Generator().manual_seed(0))
-    (error, low, high), (rank, *_) = mixing_ratio.scores(true**3 + 0, true)
-    assert rank == pytest.approx(1) and error == pytest.approx(
-        (true - true**3).mean().item(), rel=1e-5
-    )
-    assert low < error < high
-    assert [*mixing_ratio.scores(1 - true, true)][1][0] == pytest.approx(-1)
-    assert mixing_ratio.ranks(torch.tensor([3.0, 1.0, 3.0])).tolist() == [2.0, 0.5, 2.0]
+    (error,) = mixing_ratio.errors(true**3, true)
+    assert error == pytest.approx((true - true**3).mean().item())
+    assert mixing_ratio.rank_correlations(true**3, true) == [pytest.approx(1)]
+    assert mixing_ratio.rank_correlations(1 - true, true) == [pytest.approx(-1)]
+    assert mixing_ratio.ranks(torch.tensor([[3.0, 1.0, 3.0]])).tolist() == [[2.0, 0.5, 2.0]]
+    true[0, 0] = torch.nan  # a mix that shows no object
+    assert mixing_ratio.errors(true**3, true) == [
+        pytest.approx((true - true**3)[0, 1:].mean().item())
+    ]
+    assert mixing_ratio.rank_correlations(true**3, true) == [pytest.approx(1)]
 
 
 def test_what_goes_twice_as_far_beyond_the_area_is_fitted_by_a_half():
     area, true = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(0))
-    assert mixing_ratio.beyond(area + 2 * (true - area), true, area) == pytest.approx((1, 0.5))
+    said = area + 2 * (true - area)
+    found = {("area", ""): area, ("influence", ""): true, ("TransMix", ""): said}
+    assert mixing_ratio.beyond_area(found, ("TransMix", "")) == ["1.00", "0.50"]
 
 
-def test_an_interval_is_students():
-    mean, half = runs.interval([1.0, 2.0, 3.0])
+def test_a_paired_interval_is_students():
+    mean, half = common.paired_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(2.4843, abs=1e-3)
-    assert runs.signed([1.5]) == "+1.50" and runs.signed([1.0, 2.0, 3.0]) == "+2.00 ± 2.48"
+    assert common.show([1.0, 2.0, 3.0]) == "2.00 ± 2.48" and common.show([1.5]) == "1.50"
+    assert common.show_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == "+2.00 ± 2.48"
     published = {1: 12.706, 9: 2.262, 10: 2.228, 23: 2.069, 60: 2.0}
-    assert all(runs.student(n) == pytest.approx(t, abs=3e-3) for n, t in published.items())
-    n = runs.needed(values := [0.3, -0.9, 1.4, 0.2], 0.5)
+    for degrees, t in published.items():
+        assert common.student(degrees) == pytest.approx(t, abs=3e-3)
 
-    def width(n):
-        return runs.student(n - 1) * statistics.stdev(values) / n**0.5
 
-    assert width(n) <= 0.5 < width(n - 1)
+def test_half_of_the_ceilings_gain_is_half_for_every_resample():
+    ceiling = [1.0, 2.0, 3.0, 2.0]
+    assert compare.part_of([0.5, 1.0, 1.5, 1.0], ceiling) == "50 % (50 to 50)"
+    assert compare.part_of(ceiling, [-1.0, 2.0, 1.0, -1.0]) == ""  # no gain that can be told
+
+
+def test_a_chart_is_drawn_where_matplotlib_is_installed(tmp_path, capsys):
+    path = tmp_path / "chart.png"
+    common.line_chart(path, [1, 2], {"a": [1.0, 2.0], "b": ([1.0, 2.0], [0.1, 0.2])}, "x", "y")
+    assert path.exists() or "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
+    logits = torch.tensor([[0.8, 0.2]] * 4).log()
+    error = common.calibration_error(logits, torch.tensor([0, 0, 1, 1]))
+    assert error == pytest.approx(30)  # sure by 80 %, right in half
+    # Half of the images in one bin, half in another: too sure by 30 %, not sure enough by 40 %.
+    logits = torch.tensor([[0.8, 0.2]] * 4 + [[0.4, 0.6]] * 4).log()
+    error = common.calibration_error(logits, torch.tensor([0, 0, 1, 1, 1, 1, 1, 1]))
+    assert error == pytest.approx((30 + 40) / 2)
 
 
 def test_attacks_stay_within_their_radius_and_raise_the_loss():
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 5)).requires_grad_(
-        False
-    )
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 64, 5))
     images, targets = torch.rand(8, 3, 8, 8), torch.randint(5, (8,))
-    loss = torch.nn.functional.cross_entropy(robustness.answer(model, images), targets)
-    for steps in (1, robustness.STEPS):
-        at = robustness.attack(model, images, targets, 4, steps)
-        assert (at - images).abs().max() <= 4 / 255 + 1e-6 and 0 <= at.min() and at.max() <= 1
-        assert torch.nn.functional.cross_entropy(robustness.answer(model, at), targets) > loss
 
+    def loss(images):
+        return torch.nn.functional.cross_entropy(robustness.answer(model, images), targets)
 
-def test_corruptions_keep_the_shape_and_grow_with_severity():
-    images = data.shapes(4, 0)[0].float() / 255
-    for name, corrupt in robustness.CORRUPTIONS.items():
-        out = [corrupt(images, t, data.generator(name)).clamp(0, 1) for t in (0.2, 1.0)]
-        change = [(x - images).abs().mean().item() for x in out]
-        assert out[0].shape == images.shape and 0 < change[0] < change[1], name
-
-
-def test_calibration_error_is_the_gap_between_confidence_and_accuracy():
-    logits = torch.tensor([[0.8, 0.2], [0.8, 0.2], [0.8, 0.2], [0.8, 0.2]]).log()
-    error = robustness.calibration_error(logits, torch.tensor([0, 0, 1, 1]))
-    assert error == pytest.approx(30)  # sure by 80 %, right in half
+    for steps in (1, 10):
+        attacked = robustness.attack(model, images, targets, 4, steps)
+        assert (attacked - images).abs().max() <= 4 / 255 + 1e-6
+        assert 0 <= attacked.min() and attacked.max() <= 1
+        assert loss(attacked) > loss(images)
 
 
 def test_blanking_takes_the_share_of_patches_that_is_named():
     gone = (robustness.blank(torch.ones(2, 3, 32, 32), 0.25, 4) != 1).all(1)
     assert gone.float().mean((1, 2)).tolist() == [0.25, 0.25]
+
+
+def test_noise_has_its_deviation_and_a_blur_keeps_the_mean():
+    images = torch.full((2, 3, 64, 64), 0.5)
+    noisy = robustness.add_noise(images, 0.1)
+    assert statistics.stdev(noisy.flatten().tolist()) == pytest.approx(0.1, rel=0.05)
+    images = torch.rand(2, 3, 64, 64)
+    blurred = robustness.blur(images, 1 / 32)
+    assert blurred.mean() == pytest.approx(images.mean().item(), abs=0.01)
+    assert blurred.std() < images.std() / 2

@@ -85,7 +85,7 @@ class Downsample(nn.Sequential):
 
 
 class ConvNeXt(nn.Module):
-    """An image classifier that can propagate token labels.
+    """An image classifier that can propagate token labels. The default sizes are ConvNeXt-T's.
 
     embed_dim is the width of a token in the first stage, doubled in each of the next ones. depths
     has one entry per stage. layer_scale: see `Block`. The other arguments and the errors are those
@@ -160,33 +160,12 @@ class ConvNeXt(nn.Module):
         labels = None if labels is None else rearrange(labels, "b (h w) k -> b h w k", h=height)
         return x, labels
 
-    def intermediate_labels(self, images, labels):
-        """The labels after the embedding and after every block, for inspection.
-
-        Returns a list of depth + 1 pairs: the labels as a map (B, H, W, K), and their mean (B, K).
-        """
-        x, labels = self.embed(images, labels)
-        layers = [labels]
-        for layer in self.layers():
-            x, labels = layer(x, labels)
-            if isinstance(layer, Block):
-                layers.append(labels)
-        return [(y, y.mean((1, 2))) for y in layers]
-
     def convert_state_dict(self, state):
         """Meta's checkpoints fit as they are."""
         return dict(state)
 
 
-# Keyword arguments replace these sizes and are otherwise those of `ConvNeXt`.
-
-
-def convnext_tiny(**kwargs):
-    """28.6 million parameters."""
-    return ConvNeXt(**{"embed_dim": 96, "depths": (3, 3, 9, 3), **kwargs})
-
-
 def convnext_micro(**kwargs):
-    """0.1 million parameters, small enough to train on a laptop's CPU."""
+    """0.1 million parameters. Keyword arguments are those of `ConvNeXt`."""
     micro = {"img_size": 32, "patch_size": 2, "embed_dim": 32, "depths": (2, 2)}
     return ConvNeXt(**{**micro, "layer_scale": 1.0, **kwargs})

@@ -62,7 +62,7 @@ def mlp(width, hidden):
 
 
 class Mixer(nn.Module):
-    """An image classifier that can propagate token labels.
+    """An image classifier that can propagate token labels. The default sizes are Mixer-S/16's.
 
     Arguments and errors as for `vit.ViT`. Initial weights are PyTorch's defaults.
     """
@@ -111,31 +111,11 @@ class Mixer(nn.Module):
         self.check_shapes(images, labels)
         return rearrange(self.stem(images), "b d h w -> b (h w) d"), labels
 
-    def intermediate_labels(self, images, labels):
-        """The labels after the embedding and after every block, for inspection.
-
-        Returns a list of depth + 1 pairs: the labels as a map (B, H, W, K), and their mean (B, K).
-        """
-        x, labels = self.embed(images, labels)
-        layers = [labels]
-        for block in self.blocks:
-            x, labels = block(x, labels)
-            layers.append(labels)
-        return [(rearrange(y, "b (h w) k -> b h w k", h=self.grid_size), y.mean(1)) for y in layers]
-
     def convert_state_dict(self, state):
         """timm's checkpoints fit as they are, for images of their size."""
         return dict(state)
 
 
-# Keyword arguments replace these sizes and are otherwise those of `Mixer`.
-
-
-def mixer_small(**kwargs):
-    """18.5 million parameters."""
-    return Mixer(**{"embed_dim": 512, "depth": 8, **kwargs})
-
-
 def mixer_micro(**kwargs):
-    """0.2 million parameters, small enough to train on a laptop's CPU."""
+    """0.2 million parameters. Keyword arguments are those of `Mixer`."""
     return Mixer(**{"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, **kwargs})

@@ -191,15 +191,16 @@ def align(model, images, labels, rule, rand=None):
 
     images, labels, rand: as for the model; labels have one column, the partner's share.
     """
-    x, labels = model.embed(images, torch.cat([1 - labels, labels], dim=-1))
-    block_rand = iter([(None, None)] * model.depth if rand is None else rand.permute(1, 2, 0))
-    for layer in layers(model):
-        moved = MOVE[type(layer)](layer, x, labels)
-        labels = rule(x, labels, moved)
-        x, _ = layer(x) if moved.branch is None else layer(x, None, next(block_rand))
-    if isinstance(model, vit.ViT):
-        return labels[:, 0, 1:]  # the class token's
-    return rule(x, labels, pool(model, x, labels))[:, 1:]
+    with torch.autocast(images.device.type, enabled=False):
+        x, labels = model.embed(images, torch.cat([1 - labels, labels], dim=-1))
+        block_rand = iter([(None, None)] * model.depth if rand is None else rand.permute(1, 2, 0))
+        for layer in layers(model):
+            moved = MOVE[type(layer)](layer, x, labels)
+            labels = rule(x, labels, moved)
+            x, _ = layer(x) if moved.branch is None else layer(x, None, next(block_rand))
+        if isinstance(model, vit.ViT):
+            return labels[:, 0, 1:]  # the class token's
+        return rule(x, labels, pool(model, x, labels))[:, 1:]
 
 
 def rule_loss(model, images, targets, mask, rand, args):
@@ -311,7 +312,7 @@ def look(job, num_mixes):
 
 def choose_others(images):
     """For each image several of the others, none of which is its partner."""
-    distance = len(images) // (NUM_OTHERS + 1) // 2 * 2
+    distance = len(images) // (NUM_OTHERS + 1)
     return [images.roll(distance * i, 0) for i in range(1, NUM_OTHERS + 1)]
 
 

@@ -48,18 +48,10 @@ METHODS = {
 
 def lay_out(clips):
     """Clips as images: (B, 16, C, 16, 16) to (B, C, 64, 64), each tubelet a patch of 8 x 8 px."""
-    # 4 x 4 tubelets at a time are a quarter of the image; the 4 frames of a tubelet are a quarter
-    # of its patch.
-    return rearrange(
-        clips,
-        "b (t1 t2 f1 f2) c (h p) (w q) -> b c (t1 h f1 p) (t2 w f2 q)",
-        t1=2,
-        t2=2,
-        f1=2,
-        f2=2,
-        p=TUBELET,
-        q=TUBELET,
-    )
+    # Four times, (t1 t2), are the image's quarters, and the four frames of a tubelet, (f1 f2), are
+    # its patch's.
+    pattern = "b (t1 t2 f1 f2) c (h p) (w q) -> b c (t1 h f1 p) (t2 w f2 q)"
+    return rearrange(clips, pattern, t1=2, t2=2, f1=2, f2=2, p=TUBELET, q=TUBELET)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import signal
 import statistics
 import sys
 import threading
+import time
 from contextlib import redirect_stdout
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -208,14 +209,21 @@ def run_jobs(function, jobs, num_processes=None, is_done=None):
         queue.put(None)  # ends a process
         processes.append(context.Process(target=work, args=(function, queue)))
     try:
-        for process in processes:
-            process.start()
+        start(processes)
         wait_for(processes)
-    finally:
-        for process in processes:
-            if process.pid is not None:
-                stop(process)
+    except BaseException:  # such as Ctrl-C
         queue.cancel_join_thread()  # nobody reads the rest
+        stop([process for process in processes if process.pid is not None])
+        raise
+
+
+def start(processes):
+    """Ctrl-C is for this process only, which then ends the others in order: they ignore it while
+    they start, and leave the terminal's group of processes after that, see `work`."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for process in processes:
+        process.start()
+    signal.signal(signal.SIGINT, handler)
 
 
 def wait_for(processes):
@@ -229,16 +237,24 @@ def wait_for(processes):
         running = [process for process in running if process.exitcode is None]
 
 
-def stop(process):
-    process.terminate()
-    process.join(timeout=60)
-    process.kill()
-    process.join()
+def stop(processes, seconds=60):
+    """End processes: training saves a checkpoint after its current step. Kills what takes longer,
+    and everything at another Ctrl-C."""
+    deadline = time.monotonic() + seconds
+    for process in processes:
+        process.terminate()
+    try:
+        for process in processes:
+            process.join(max(0, deadline - time.monotonic()))
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
 
 
 def work(function, queue):
     """The life of a process: take jobs from the queue until it says None."""
-    os.setpgid(0, 0)  # Ctrl-C reaches the parent only, which then ends its children in order
+    os.setpgid(0, 0)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 

@@ -249,7 +249,7 @@ def parse_args(doc):
     add("--lr", type=train.number(float, 1e-12), help="peak learning rate")
     add("--seeds", type=count, default=3, help="number of seeds, from 0 [3]")
     add("--workers", type=count_or_none, default=0, help="processes that load a run's images [0]")
-    add("--jobs", type=count_or_none, help="runs side by side; 0: in this process")
+    add("--jobs", type=count_or_none, help="runs side by side; 0: in this process [0 for --data]")
     add("--device", default=device, choices=["cpu", "cuda"])
     add("--runs", default="runs/experiments", help="folder of runs and results")
     args = parser.parse_args()
@@ -260,6 +260,8 @@ def parse_args(doc):
             raise UserError(f"{path} is no checkpoint of this version of train.py")
     if args.size and args.size % 32:
         raise UserError(f"--size must be a multiple of 32, got {args.size}")
+    if args.jobs is None and args.data != "scenes":
+        args.jobs = 0
     if "RANK" in os.environ:
         train.init_distributed(args, sys.argv[1:])
         args.jobs = 0
@@ -273,15 +275,18 @@ def find_starts(args):
         return {("", path): [path] * args.seeds for path in args.checkpoints}
     words = ["--images", str(NUM_IMAGES), "--passes", "5", "--device", args.device]
     flags = common.make_parser("").parse_args([*words, "--runs", args.runs])
-    starts, jobs = {}, []
+    starts = {}
+    jobs = []
     for model in flags.models:
         for start in transfer.TRAINED:
             changes = compare.METHODS[start]
-            paths = starts[model, start] = []
-            for seed in range(args.seeds):
-                jobs.append(transfer.make_job(flags, False, model, seed, start, **changes))
-                paths.append(f"{jobs[-1][0]}/last.pt")
-        starts[model, "from scratch"] = paths  # for the kind of model
+            group = [
+                transfer.make_job(flags, False, model, seed, start, **changes)
+                for seed in range(args.seeds)
+            ]
+            starts[model, start] = [f"{folder}/last.pt" for folder, *_ in group]
+            jobs += group
+        starts[model, "from scratch"] = starts[model, start]  # for the kind of model
     common.run_jobs(transfer.train_job, jobs, args.jobs, transfer.is_done)
     if train.get_world_size() > 1:
         dist.barrier()  # the first process writes the checkpoints
@@ -294,8 +299,10 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     num_images = len(datasets.train)
     words = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device, "--out", out]
     settings = train.parse_args(words)  # with the settings of the checkpoint's model
-    settings.eval, settings.finetune = None, checkpoint
-    settings.data, settings.workers = args.data, args.workers
+    settings.eval = None
+    settings.finetune = checkpoint
+    settings.data = args.data
+    settings.workers = args.workers
     settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)
     vars(settings).update(recipes[settings.size >= LARGE_SIZE])
     if settings.model.endswith("micro"):
@@ -306,8 +313,8 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     settings.steps = args.steps or max(MIN_STEPS, steps)
     settings.epochs = 1
     settings.warmup_epochs = min(settings.warmup_steps / settings.steps, 0.1)
-    settings.mix, settings.augment, settings.hflip = "none", "light", False  # see `Augmented`
-    settings.clip_grad, settings.compile = 0.0, False
+    vars(settings).update(mix="none", augment="light", hflip=False)  # see `Augmented`
+    vars(settings).update(clip_grad=0.0, compile=False)
     train.fill_defaults(settings, 224, num_images)
     if not settings.model.startswith("swin"):
         settings.img_size = settings.size  # the position embedding is resized

@@ -19,11 +19,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import nn
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.datasets import VOCSegmentation
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import v2
 
@@ -159,7 +159,10 @@ def open_datasets(folder, seed):
     first_class = 0
     if (root / "VOCdevkit").is_dir():
         classes = list(range(21))
-        voc = [torchvision.datasets.VOCSegmentation(root, image_set=s) for s in ("train", "val")]
+        try:
+            voc = [VOCSegmentation(root, image_set=s) for s in ("train", "val")]
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"{root} is no VOC 2012: {error}") from error
         pairs = [list(zip(part.images, part.masks, strict=True)) for part in voc]
     elif (root / "annotations").is_dir():
         classes = list(range(150))

@@ -516,6 +516,10 @@ def test_flags_that_contradict_each_other_are_refused(parse, settings, tmp_path)
         settings(segmentation, "vit_micro", "--batch-size", 5)
     with pytest.raises(data.UserError, match="has no images; --help says"):
         segmentation.open_datasets(str(tmp_path), 0)
+    (tmp_path / "VOCdevkit").mkdir()
+    segmentation.open_datasets.cache_clear()
+    with pytest.raises(data.UserError, match="is no VOC 2012: Dataset not found"):
+        segmentation.open_datasets(str(tmp_path), 0)
 
 
 # --- Fine-tuning.

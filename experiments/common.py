@@ -255,6 +255,7 @@ def stop(processes, seconds=60):
 def work(function, queue):
     """The life of a process: take jobs from the queue until it says None."""
     os.setpgid(0, 0)
+    multiprocessing.set_start_method(None, force=True)  # data workers start as in train.py
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
@@ -262,7 +263,10 @@ def work(function, queue):
         for job, number in iter(queue.get, None):
             run_job(function, job, number)
 
-    main(take_jobs)
+    try:
+        main(take_jobs)
+    finally:
+        data.kill_workers()  # registered with atexit, which such a process does not call
 
 
 def end_with_parent():

@@ -235,9 +235,8 @@ MICRO_LR = 1e-3  # of narrow models
 
 def parse_args(doc):
     """The command line. Under torchrun this process joins the others. Raises UserError."""
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    style = argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(description=doc, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
     count, count_or_none = train.number(int, 1), train.number(int, 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"

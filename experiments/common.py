@@ -14,13 +14,12 @@ import signal
 import statistics
 import sys
 import threading
-import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
-from multiprocessing.connection import wait
 from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for all experiments
 import data  # noqa: E402
@@ -33,7 +32,7 @@ from data import UserError  # noqa: E402
 
 def make_parser(doc):
     """A parser of the flags that most experiments have. Change their defaults by `set_defaults`."""
-    parser = argparse.ArgumentParser(
+    parser = train.Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
@@ -85,37 +84,6 @@ def choose_images(datasets, args, seed):
     val_indices = choose(datasets.val, args.val_images, "val")
     return datasets._replace(
         train=Subset(datasets.train, indices), val=Subset(datasets.val, val_indices)
-    )
-
-
-class SomeClasses(Dataset):
-    """The images of some classes, a range of numbers, which then count from zero."""
-
-    def __init__(self, dataset, classes):
-        if isinstance(dataset, TensorDataset):
-            targets = dataset.tensors[1].tolist()
-        elif hasattr(dataset, "targets"):
-            targets = list(dataset.targets)
-        else:
-            targets = [target for _, target in dataset]
-        self.dataset = dataset
-        self.first_class = classes[0]
-        self.indices = [i for i, target in enumerate(targets) if target in classes]
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, index):
-        image, target = self.dataset[self.indices[index]]
-        return image, int(target) - self.first_class
-
-
-def keep_classes(datasets, classes):
-    """The part of datasets that is of some classes, a range of numbers."""
-    return datasets._replace(
-        train=SomeClasses(datasets.train, classes),
-        val=SomeClasses(datasets.val, classes),
-        classes=[datasets.classes[number] for number in classes],
     )
 
 
@@ -189,84 +157,48 @@ def run_jobs(function, jobs, num_processes=None, is_done=None):
     jobs: tuples (folder, ...) of what can be pickled; what a job prints goes to folder/log.txt.
     num_processes: how many processes, with one thread each, take jobs side by side; None: one per
         core, or five on a GPU; 0: this process does all. is_done: a function of a job.
-
-    Ctrl-C and a job that fails end all processes; training saves a checkpoint first.
     """
     todo = [job for job in jobs if is_done is None or not is_done(job)]
     print(f"{len(todo)} of {len(jobs)} runs to do", flush=True)
+    tasks = [(function, job, f"{number}/{len(todo)}") for number, job in enumerate(todo, 1)]
     if num_processes is None:
         num_processes = 5 if torch.cuda.is_available() else train.NUM_CPUS
     if num_processes == 0:
-        for number, job in enumerate(todo, 1):
-            run_job(function, job, f"{number}/{len(todo)}")
+        for task in tasks:
+            run_job(*task)
         return
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    for number, job in enumerate(todo, 1):
-        queue.put((job, f"{number}/{len(todo)}"))
-    processes = []
-    for _ in range(min(num_processes, len(todo))):
-        queue.put(None)  # ends a process
-        processes.append(context.Process(target=work, args=(function, queue)))
+    with ProcessPoolExecutor(num_processes, context, begin_process) as pool:
+        # Ctrl-C would end processes while they start. Training takes note of it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        futures = [pool.submit(run_job, *task) for task in tasks]
+        signal.signal(signal.SIGINT, handler)
+        try:
+            for future in as_completed(futures):
+                future.result()
+        except BaseException:  # such as Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def run_job(function, job, number):
+    folder = Path(job[0])
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        start(processes)
-        wait_for(processes)
-    except BaseException:  # such as Ctrl-C
-        queue.cancel_join_thread()  # nobody reads the rest
-        stop([process for process in processes if process.pid is not None])
-        raise
+        with (folder / "log.txt").open("a") as log, redirect_stdout(log):
+            function(job)
+    except SystemExit:  # of training that was asked to stop
+        data.kill_workers()
+        os._exit(1)  # a process of the pool would go on with the next job
+    print(f"{number} {folder}", flush=True)
 
 
-def start(processes):
-    """Ctrl-C is for this process only, which then ends the others in order: they ignore it while
-    they start, and leave the terminal's group of processes after that, see `work`."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    for process in processes:
-        process.start()
-    signal.signal(signal.SIGINT, handler)
-
-
-def wait_for(processes):
-    """Returns when all have ended. Exits with the status of the first that failed."""
-    running = list(processes)
-    while running:
-        wait([process.sentinel for process in running])
-        for process in running:
-            if process.exitcode:
-                sys.exit(max(1, process.exitcode))
-        running = [process for process in running if process.exitcode is None]
-
-
-def stop(processes, seconds=60):
-    """End processes: training saves a checkpoint after its current step. Kills what takes longer,
-    and everything at another Ctrl-C."""
-    deadline = time.monotonic() + seconds
-    for process in processes:
-        process.terminate()
-    try:
-        for process in processes:
-            process.join(max(0, deadline - time.monotonic()))
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-
-
-def work(function, queue):
-    """The life of a process: take jobs from the queue until it says None."""
-    os.setpgid(0, 0)
+def begin_process():
+    torch.set_num_threads(1)
     multiprocessing.set_start_method(None, force=True)  # data workers start as in train.py
     threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(1)
-
-    def take_jobs():
-        for job, number in iter(queue.get, None):
-            run_job(function, job, number)
-
-    try:
-        main(take_jobs)
-    finally:
-        data.kill_workers()  # registered with atexit, which such a process does not call
 
 
 def end_with_parent():
@@ -274,14 +206,6 @@ def end_with_parent():
     the same command starts."""
     multiprocessing.parent_process().join()
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def run_job(function, job, number):
-    folder = Path(job[0])
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-        function(job)
-    print(f"{number} {folder}", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -20,13 +20,13 @@ import statistics
 from pathlib import Path
 
 import torch
-from torch.utils.data import Subset, TensorDataset
+from torch.utils.data import TensorDataset
 
 import common
 import data
-import tl_align
 import train
 from data import UserError
+from oracle import ObjectLoss
 from transmix import transmix_loss
 
 ORACLE = "objects (oracle)"
@@ -53,7 +53,7 @@ def make_parser(doc):
 
 
 # ------------------------------------------------------------------------------------------------
-# Images, and the oracle.
+# Images.
 
 
 @functools.cache
@@ -72,65 +72,12 @@ def open_images(name, root, clutter):
     )
 
 
-@functools.cache
-def open_masks():
-    """The objects of the built-in training images: masks (3, S, S), 0 or 255, and classes."""
-    _, classes, masks = data.shapes(data.SHAPES_TRAIN, 0)
-    masks = 255 * masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
-    return TensorDataset(masks, classes)
-
-
 def add_clutter(images, amount, part):
     """Blend images with random colours in blocks of 2 px. images: (n, 3, S, S) uint8."""
     size = images.shape[-1] // 2
     blocks = data.uniform((len(images), 3, size, size), "clutter", part) * 255
     blocks = blocks.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
     return torch.lerp(images.float(), blocks, amount).to(torch.uint8)
-
-
-def object_share(objects, mask):
-    """The pasted image's share of the object pixels that a mix shows, (B, 1); nan where it shows
-    none.
-
-    objects: (B, 1, H, W), 1 on the object of each image, else 0. mask: (B, 1, H, W), of the mix.
-    """
-    own = (objects * (1 - mask)).sum((2, 3))
-    pasted = (tl_align.partner(objects) * mask).sum((2, 3))
-    return pasted / (own + pasted)
-
-
-class ObjectLoss:
-    """A loss for `train.train` whose target is `object_share`, the area's where no object is seen.
-
-    The trainer's images do not bring their masks. But the order and the crops of a loader depend
-    on the seed, the epoch and the step only, so a second loader, of the masks, gives the crops of
-    the masks of the same images. Nothing else moves pixels: no flips, no full augmentation.
-
-    masks: a dataset like `open_masks`, of the training images. step: the first step, 0 unless a run
-    is resumed.
-    """
-
-    def __init__(self, masks, settings, step=0):
-        loader = data.InMemoryLoader(masks, settings, slice(None))
-        self.batches = self.batches_from(loader, step)
-
-    @staticmethod
-    def batches_from(loader, step):
-        while True:
-            epoch, first_step = divmod(step, len(loader))
-            loader.set_epoch(epoch, first_step)
-            for masks, targets in loader:
-                yield masks, targets
-                step += 1
-
-    def __call__(self, model, images, targets, mask, rand, args):
-        masks, mask_targets = next(self.batches)
-        if not torch.equal(targets, mask_targets):
-            raise ValueError("the masks are not those of the images: is there a --micro-batch?")
-        share = object_share(masks[:, :1].float() / 255, mask)
-        share = torch.where(share.isnan(), mask.mean((2, 3)), share)
-        logits = model(tl_align.mix(images, mask), rand=rand)
-        return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,7 +136,7 @@ def make_loss(job, datasets):
         return train.mixed_loss
     checkpoint = train.find_checkpoint(settings, datasets)
     step = 0 if checkpoint is None else checkpoint["progress"]["step"]
-    return ObjectLoss(Subset(open_masks(), datasets.train.indices), settings, step)
+    return ObjectLoss(datasets.train.indices, settings, step)
 
 
 def is_done(job):

@@ -33,6 +33,7 @@ from einops import rearrange
 import common
 import compare
 import data
+import oracle
 import tl_align
 import transmix
 
@@ -111,7 +112,7 @@ def look_at_runs(jobs, num_mixes):
     found = {key: torch.stack([run[key] for run in runs]) for key in runs[0]}
     if settings.data == "shapes":
         masks = data.shapes(data.SHAPES_VAL, "val")[2][datasets.val.indices[:n]]
-        found["objects", ""] = compare.object_share(masks[:, None].float(), mask).mT
+        found["objects", ""] = oracle.object_share(masks[:, None].float(), mask).mT
     return found
 
 

@@ -12,7 +12,6 @@ with `train.py --eval`, or from train.py's flags, such as --data, --root and --d
 those for validation, or any folder of images: labels do not depend on their classes.
 """
 
-import argparse
 import os
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def draw(path, columns):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("checkpoint", help="of train.py, or DeiT's, timm's ViT or Microsoft's Swin")
     parser.add_argument("--out", help="file to write [alignment.png beside the checkpoint]")
     args, words = parser.parse_known_args()

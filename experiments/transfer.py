@@ -10,27 +10,37 @@ is that of the other half's validation images, and ± is half of a 95 % interval
 """
 
 import argparse
+import functools
 import statistics
 from pathlib import Path
 
 import common
 import compare
+import data
 import train
 
 TRAINED = ("area", "TL-Align")
 
 
-def half_of(args, is_second):
-    """The datasets of the first or the second half of the classes."""
-    datasets = compare.open_images(args.data, args.root, clutter=0.0)
-    num_classes = len(datasets.classes)
-    half = range(num_classes // 2, num_classes) if is_second else range(num_classes // 2)
-    return common.keep_classes(datasets, half)
+@functools.cache
+def half_of(name, root, is_second):
+    """The datasets of the first or the second half of the classes of --data, in memory. Their
+    numbers count from zero."""
+    datasets = data.open_datasets(name, root)
+    middle = len(datasets.classes) // 2
+    half = range(middle, len(datasets.classes)) if is_second else range(middle)
+
+    def keep(dataset):
+        return [(image, int(target) - half[0]) for image, target in dataset if target in half]
+
+    classes = [datasets.classes[number] for number in half]
+    return datasets._replace(train=keep(datasets.train), val=keep(datasets.val), classes=classes)
 
 
 def run_datasets(job):
     _, settings, args, is_second = job
-    return common.choose_images(half_of(args, is_second), args, settings.seed)
+    half = half_of(args.data, args.root, is_second)
+    return common.choose_images(half, args, settings.seed)
 
 
 def train_job(job):
@@ -43,7 +53,7 @@ def is_done(job):
 
 def make_job(args, is_second, model, seed, name, **changes):
     """A run on one half of the classes: (folder, settings, args, is_second)."""
-    datasets = common.choose_images(half_of(args, is_second), args, seed)
+    datasets = common.choose_images(half_of(args.data, args.root, is_second), args, seed)
     half = "second" if is_second else "first"
     folder = f"{Path(args.data).resolve().name}-{half}-half-{args.images}x{args.passes}"
     folder = Path(args.runs, folder, f"{model}-{name}-{seed}")

@@ -64,7 +64,6 @@ def here(tmp_path, monkeypatch, capsys):
 
     def run(experiment, *words, common_flags=True):
         compare.open_images.cache_clear()
-        compare.open_masks.cache_clear()
         name = experiment.__name__
         small = [*SMALL, "--seeds", 1, "--device", "cpu", "--jobs", 0] if common_flags else []
         monkeypatch.setattr(sys, "argv", [name, *map(str, [*small, *words])])
@@ -74,7 +73,6 @@ def here(tmp_path, monkeypatch, capsys):
 
     yield run
     compare.open_images.cache_clear()
-    compare.open_masks.cache_clear()
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ import cost
 import data
 import loader
 import mixing_ratio
+import oracle
 import picture
 import robustness
 import tl_align
@@ -212,29 +213,16 @@ def test_stopped_and_killed_runs_leave_no_process_and_continue(folder, tmp_path)
         assert "resuming after step" in log.read_text()
 
 
-def fail(job):
-    raise data.UserError("not this one")
-
-
-def test_a_job_that_fails_ends_the_script_in_one_line(tmp_path, capfd):
-    with pytest.raises(SystemExit) as end:
-        common.run_jobs(fail, [(tmp_path / "a",), (tmp_path / "b",)], num_processes=1)
-    done = argparse.Namespace(status=end.value.code, out="", err=capfd.readouterr().err)
-    assert_one_line(done, "not this one")
-
-
 # ------------------------------------------------------------------------------------------------
 # What they measure.
 
 
-def test_a_part_of_the_classes_counts_from_zero(monkeypatch):
+def test_a_half_of_the_classes_counts_from_zero(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
-    datasets = data.open_datasets("shapes")
-    part = common.keep_classes(datasets, range(5, 10))
-    assert part.classes == data.SHAPES_CLASSES[5:]
-    targets = [target for _, target in part.train]
-    expected = [int(target) - 5 for _, target in datasets.train if target >= 5]
-    assert targets == expected
+    half = transfer.half_of.__wrapped__("shapes", "data", is_second=True)
+    assert half.classes == data.SHAPES_CLASSES[5:]
+    classes = [int(target) for _, target in data.open_datasets("shapes").train]
+    assert [target for _, target in half.train] == [c - 5 for c in classes if c >= 5]
 
 
 def small_vit():
@@ -302,34 +290,43 @@ def test_the_objects_share_is_counted_where_the_mix_shows_them():
     objects[1] = 1  # everywhere: eight in the box
     mask[:, :, :2] = 1
     expected = torch.tensor([[8 / 12], [4 / 12]])
-    torch.testing.assert_close(compare.object_share(objects, mask), expected)
-    assert compare.object_share(0 * objects, mask).isnan().all()
+    torch.testing.assert_close(oracle.object_share(objects, mask), expected)
+    assert oracle.object_share(0 * objects, mask).isnan().all()
 
 
-def test_the_oracle_sees_the_masks_of_the_images_and_the_area_where_there_is_no_object():
+def test_the_oracle_sees_the_masks_of_the_images(monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 12)
     settings = argparse.Namespace(img_size=32, batch_size=4, aug_repeats=1, seed=3, workers=0)
     settings.device, settings.smoothing = "cpu", 0.1
     images, targets, masks = data.shapes(12, 0)
-    masks[:4] = False
     images = torch.where(masks[:, None], 255, 255 - images // 2)  # white where the object is
-    masks = 255 * masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
-    train_loader = data.InMemoryLoader(TensorDataset(images, targets), settings, slice(None))
-    loss = compare.ObjectLoss(TensorDataset(masks, targets), settings, step=2)
+    loader = data.InMemoryLoader(TensorDataset(images, targets), settings, slice(None))
+    loss = oracle.ObjectLoss(range(12), settings, step=2)
     model = vit.vit_micro(num_classes=10)
     for epoch, first_step in ((0, 2), (1, 0)):  # from the third step on, over the end of an epoch
-        train_loader.set_epoch(epoch, first_step)
-        for images, targets in train_loader:
-            rand = data.uniform((4, 3), "mask", epoch)
-            mask = tl_align.cutmix_mask(rand, (32, 32), 4)
-            seen = (images == 255).all(1, keepdim=True).float()
-            share = compare.object_share(seen, mask)
-            share = torch.where(share.isnan(), mask.mean((2, 3)), share)
+        loader.set_epoch(epoch, first_step)
+        for images, targets in loader:
+            mask = tl_align.cutmix_mask(data.uniform((4, 3), "mask", epoch), (32, 32), 4)
+            share = oracle.object_share((images == 255).all(1, keepdim=True).float(), mask)
             batch = data.normalize(images)
             logits = model(tl_align.mix(batch, mask))
             expected = tl_align.mixed_cross_entropy(logits, targets, share, 0.1)
             torch.testing.assert_close(loss(model, batch, targets, mask, None, settings), expected)
     with pytest.raises(ValueError, match="not those of the images"):
         loss(model, batch, targets + 1, mask, None, settings)
+
+
+def test_where_no_object_is_seen_the_oracle_takes_the_area(monkeypatch):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 2)
+    monkeypatch.setattr(oracle, "object_share", lambda objects, mask: mask.mean((2, 3)) * torch.nan)
+    settings = argparse.Namespace(img_size=32, batch_size=2, aug_repeats=1, seed=0, workers=0)
+    settings.device, settings.smoothing, settings.targets = "cpu", 0.1, "area"
+    loss = oracle.ObjectLoss(range(2), settings)
+    targets = next(iter(loss.loader))[1]
+    images, mask = torch.randn(2, 3, 32, 32), torch.zeros(2, 1, 32, 32)
+    mask[..., :16] = 1
+    batch = (vit.vit_micro(num_classes=10), images, targets, mask, None, settings)
+    torch.testing.assert_close(loss(*batch), script.mixed_loss(*batch))
 
 
 class MeanColor(torch.nn.Module):

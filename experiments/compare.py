@@ -145,6 +145,12 @@ def is_done(job):
     return finished and (folder / "calibration.json").exists()
 
 
+def complete_seeds(jobs, model, methods, num_seeds):
+    """The seeds with which the runs of all methods are done."""
+    seeds = range(num_seeds)
+    return [s for s in seeds if all(is_done(jobs[model, method, s]) for method in methods)]
+
+
 def read_top1(job):
     return common.read_metrics(job[0])[-1]["val_top1"]
 
@@ -201,12 +207,11 @@ def main():
     jobs = make_jobs(args, methods)
     if not args.table:
         common.run_jobs(train_job, list(jobs.values()), args.jobs, is_done)
-    done = {key for key, job in jobs.items() if is_done(job)}
 
     rows, complete = [], ""
     for model in args.models:
         own = [method for method in methods if (model, method, 0) in jobs]
-        seeds = [s for s in range(args.seeds) if all((model, method, s) in done for method in own)]
+        seeds = complete_seeds(jobs, model, own, args.seeds)
         if seeds:
             rows += make_rows(model, jobs, own, seeds)
         complete += f" {model}: {len(seeds)} seeds."

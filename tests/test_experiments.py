@@ -103,6 +103,10 @@ def test_picture_of_others_weights_with_photographs_of_no_class(tmp_path, folder
     photographs = folder / "val" / "dark"
     draw_picture(monkeypatch, path, "--model", "vit_micro", "--data", photographs)
     assert decode_image(tmp_path / "alignment.png").float().std() > 30
+    words = ["--eval", path, "--model", "vit_micro", "--data", photographs, "--device", "cpu"]
+    settings = script.parse_args([str(word) for word in words])
+    model = picture.open_model(settings, path, picture.open_images(settings))
+    assert (model.img_size, model.patch_size, len(model.head.weight)) == (48, 8, 7)
 
 
 def test_compare_covers_every_method_and_goes_on_from_what_is_done(here, tmp_path):
@@ -142,11 +146,12 @@ def test_others_share_the_runs_of_compare(here):
 
 def test_robustness_takes_checkpoints_and_folders_of_some_of_the_classes(here, folder, tmp_path):
     checkpoint = make_checkpoint(tmp_path / "run" / "best.pt", folder)
-    (tmp_path / "other").mkdir()
-    shutil.copytree(folder / "val" / "dark", tmp_path / "other" / "dark")
+    others = [tmp_path / "other" / name for name in ("dark", "light")]
+    for other in others:
+        shutil.copytree(folder / "val" / other.name, other / other.name)
     words = ["--data", folder, "--checkpoints", checkpoint, "--folders"]
-    _, text = here(robustness, *words, tmp_path / "other")
-    assert "other | 100.00 |" in text  # a single class cannot be mistaken
+    _, text = here(robustness, *words, *others)
+    assert "/dark | 100.00 |" in text and "/light | 100.00 |" in text  # one class: no mistakes
     (tmp_path / "none").mkdir()
     with pytest.raises(data.UserError, match="none has no folder named by a class, such as 'dark'"):
         here(robustness, *words, tmp_path / "none")
@@ -158,6 +163,8 @@ def test_transfer_trains_on_half_of_the_classes_and_then_on_the_other_half(here,
     config = next(tmp_path.rglob("shapes-second-half-*/vit_micro-area-0/config.json"))
     finetune = json.loads(config.read_text())["finetune"]
     assert "shapes-first-half" in finetune and finetune.endswith("vit_micro-area-0/last.pt")
+    log = config.with_name("log.txt").read_text()
+    assert "has no head for these 5 classes" in log  # the file is loaded
 
 
 def test_where_mixing_pays(here, monkeypatch):

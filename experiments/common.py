@@ -45,7 +45,7 @@ def make_parser(doc):
     add("--images", type=count_or_all, default=60, help="training images of a seed; 0: all [60]")
     add("--passes", type=count, default=100, help="over the images in each epoch [100]")
     add("--epochs", type=count, default=1, help="each ends with an evaluation [1]")
-    add("--batch-size", type=count, default=30)
+    add("--batch-size", type=count, default=30, help="[30]")
     add("--val-images", type=count_or_all, default=0, help="0: all [0]")
     add("--seeds", type=count, default=3, help="number of seeds, from 0 [3]")
     add("--jobs", type=train.number(int, 0), help="side by side; 0: none in a process of its own")
@@ -100,14 +100,11 @@ def make_settings(args, datasets, model, seed, out, **changes):
     words += ["--seed", str(seed), "--device", args.device, "--out", str(out)]
     settings = train.parse_args(words)
     settings.epochs = args.epochs
+    settings.batch_size = args.batch_size
     settings.mix_prob = 1.0
     image_size = data.median_size(datasets.train)
     if image_size <= data.SMALL_SIZE:
-        settings.batch_size = args.batch_size
-        settings.workers = 0
-        is_micro = model.endswith("micro")
-        settings.lr = 3e-3 if is_micro else 1e-3 * args.batch_size / 128
-        settings.clip_grad = 5.0 if model.startswith("swin") else 0.0
+        settings.workers = 0  # they would take longer to start
     vars(settings).update(changes)
     train.fill_defaults(settings, image_size, len(datasets.train), datasets.hflip)
     train.check_args(settings, len(datasets.train))

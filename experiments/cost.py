@@ -104,22 +104,18 @@ class Step:
         self.targets = torch.randint(NUM_CLASSES, shape[:1], device=settings.device)
         self.on_cuda = settings.device == "cuda"
 
-    def run(self):
-        self.trainer.train_step(self.images, self.targets, step=0, lr=1e-4)
+    def run(self, repeats=1):
+        for _ in range(repeats):
+            self.trainer.train_step(self.images, self.targets, step=0, lr=1e-4)
+        if self.on_cuda:
+            torch.cuda.synchronize()
 
     def seconds(self, repeats):
         """The mean duration of a step, after one that is not timed."""
         self.run()
-        self.synchronize()
         start = time.perf_counter()
-        for _ in range(repeats):
-            self.run()
-        self.synchronize()
+        self.run(repeats)
         return (time.perf_counter() - start) / repeats
-
-    def synchronize(self):
-        if self.on_cuda:
-            torch.cuda.synchronize()
 
     def peak_memory(self):
         """Bytes: the most that is allocated during a step, and what is held between steps."""

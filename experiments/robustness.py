@@ -12,9 +12,6 @@ by class; where some classes are missing, the answer is the best of the others. 
 interval over seeds.
 """
 
-import json
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Subset
@@ -118,56 +115,53 @@ def measure_folder(model, folder, classes, settings):
     return 100 * (logits[:, numbers].argmax(1) == targets).float().mean().item()
 
 
-def what_is_measured(job):
-    """What tells whether a result is of this checkpoint and these images."""
-    _, settings, args, checkpoint = job
-    return [settings.data, args.few, args.folders, Path(checkpoint).stat().st_mtime_ns]
-
-
-def measure(job):
-    folder, settings, args, checkpoint = job
-    datasets = compare.open_images(settings.data, settings.root, args.clutter)
+def measure(settings, checkpoint, args):
+    """Everything of one checkpoint, a dict by name."""
+    print(f"measuring {checkpoint}", flush=True)
+    datasets = compare.open_images(args.data, args.root, args.clutter)
     dataset = Subset(datasets.val, common.choose(datasets.val, args.few, "val"))
     model = train.build_model(settings, len(datasets.classes))
     train.load_weights(model, checkpoint, datasets.classes)
     model = model.to(settings.device).eval().requires_grad_(False)
     found = measure_variants(model, dataset, settings)
-    for name in args.folders:
-        found[name] = measure_folder(model, name, datasets.classes, settings)
-    result = {"of": what_is_measured(job), "found": found}
-    train.write_text(Path(folder, "robustness.json"), json.dumps(result))
+    for folder in args.folders:
+        found[folder] = measure_folder(model, folder, datasets.classes, settings)
+    return found
 
 
-def is_measured(job):
-    path = Path(job[0], "robustness.json")
-    return path.exists() and json.loads(path.read_text())["of"] == what_is_measured(job)
+def measure_trained(args):
+    """Train models, and measure them: {model: {method: [a dict for each seed]}}."""
+    jobs = compare.make_jobs(args, TRAINED)
+    common.run_jobs(compare.train_job, list(jobs.values()), args.jobs, compare.is_done)
+    found = {}
+    for (model, method, _), (folder, settings, _) in jobs.items():
+        runs = found.setdefault(model, {}).setdefault(method, [])
+        runs.append(measure(settings, folder / "last.pt", args))
+    return found
 
 
-# ------------------------------------------------------------------------------------------------
-
-
-def trained_jobs(args):
-    """Train models. Returns {model: {method: [a job for each seed]}}."""
-    runs = compare.make_jobs(args, TRAINED)
-    common.run_jobs(compare.train_job, list(runs.values()), args.jobs, compare.is_done)
-    jobs = {}
-    for (model, method, _), (folder, settings, _) in runs.items():
-        job = (folder, settings, args, folder / "last.pt")
-        jobs.setdefault(model, {}).setdefault(method, []).append(job)
-    return jobs
-
-
-def checkpoint_jobs(args):
-    """The same for --checkpoints: a job each."""
-    datasets = compare.open_images(args.data, args.root, args.clutter)
-    jobs = {}
+def measure_checkpoints(args):
+    """The same of --checkpoints, as if each were a method."""
+    val = compare.open_images(args.data, args.root, args.clutter).val
+    found = {}
     for path in args.checkpoints:
         words = ["--eval", path, "--data", args.data, "--root", args.root, "--device", args.device]
         settings = train.parse_args(words)
-        train.fill_defaults(settings, data.median_size(datasets.val), len(datasets.val))
-        folder = Path(args.runs, "robustness", path.strip("/").replace("/", "-"))
-        jobs[path] = [(folder, settings, args, path)]
-    return {"checkpoints": jobs}
+        train.fill_defaults(settings, data.median_size(val), len(val))
+        found[path] = [measure(settings, path, args)]
+    return {"checkpoints": found}
+
+
+def make_table(model, found):
+    """found: {method: [a dict for each seed]}, the baseline first."""
+    baseline, *others = found
+    rows = []
+    for name in found[baseline][0]:
+        values = {method: [run[name] for run in runs] for method, runs in found.items()}
+        differences = [common.show_difference(values[m], values[baseline]) for m in others]
+        rows.append([name, *map(common.show, values.values()), *differences])
+    header = [f"{model}, percent", *found, *[f"{method} - {baseline}" for method in others]]
+    return common.markdown_table(header, rows)
 
 
 def main():
@@ -177,24 +171,8 @@ def main():
     add("--folders", nargs="+", default=[], metavar="FOLDER", help="of further images")
     add("--few", type=train.number(int, 0), default=500, help="validation images; 0: all [500]")
     args = parser.parse_args()
-    jobs = checkpoint_jobs(args) if args.checkpoints else trained_jobs(args)
-    all_jobs = [job for methods in jobs.values() for own in methods.values() for job in own]
-    common.run_jobs(measure, all_jobs, args.jobs, is_measured)
-
-    text = ""
-    for model, methods in jobs.items():
-        found = {}
-        for method, own in methods.items():
-            files = [Path(job[0], "robustness.json") for job in own]
-            found[method] = [json.loads(path.read_text())["found"] for path in files]
-        baseline, *others = methods
-        rows = []
-        for name in found[baseline][0]:
-            values = {method: [run[name] for run in runs] for method, runs in found.items()}
-            differences = [common.show_difference(values[m], values[baseline]) for m in others]
-            rows.append([name, *map(common.show, values.values()), *differences])
-        header = [f"{model}, percent", *methods, *[f"{m} - {baseline}" for m in others]]
-        text += common.markdown_table(header, rows) + "\n"
+    found = measure_checkpoints(args) if args.checkpoints else measure_trained(args)
+    text = "".join(make_table(model, methods) + "\n" for model, methods in found.items())
     text += f"{args.few or 'All'} validation images. "
     text += "" if args.checkpoints else f"{args.seeds} seeds. {compare.describe(args)}"
     common.write_results("robustness", text + "\n", args.runs)

@@ -194,7 +194,7 @@ def make_rows(model, jobs, methods, seeds):
             ceiling = [a - b for a, b in zip(top1[ORACLE], top1["area"], strict=True)]
             part = part_of(gains, ceiling)
         mean = f"{statistics.fmean(top1[method]):.2f}"
-        rows.append([model, method, mean, difference, f"{statistics.fmean(errors):.2f}", part])
+        rows.append([model, method, mean, difference, common.show(errors), part])
     return rows
 
 

@@ -27,7 +27,7 @@ import train
 NUM_ROWS = 2
 MAX_LAYERS = 4
 CELL, CAPTION, GAP = 112, 18, 6  # pixels
-COLORS = [(0.0, 0.25, 0.9), (1.0, 1.0, 1.0), (1.0, 0.5, 0.0)]  # of a share of 0, 1/2 and 1
+COLOURS = [(0.0, 0.25, 0.9), (1.0, 1.0, 1.0), (1.0, 0.5, 0.0)]  # of a share of 0, 1/2 and 1
 
 
 def open_images(settings):
@@ -61,8 +61,8 @@ def open_model(settings, path, images):
 
 
 def paint(share):
-    """Shares (B, 1, H, W) in [0, 1] as colors (B, 3, H, W) from 0 to 255."""
-    blue, white, orange = torch.tensor(COLORS)[:, :, None, None] * 255
+    """Shares (B, 1, H, W) in [0, 1] as colours (B, 3, H, W) from 0 to 255."""
+    blue, white, orange = torch.tensor(COLOURS)[:, :, None, None] * 255
     share = share.cpu()
     return torch.where(
         share < 0.5, torch.lerp(blue, white, 2 * share), torch.lerp(white, orange, 2 * share - 1)

@@ -3,7 +3,7 @@
     python experiments/where_mixing_pays.py --seeds 4              # a scan, hours on a CPU
 
 The built-in images, with fewer images or more passes than in compare.py, with fewer of them mixed,
-and with clutter: random colors in blocks of 2 px, which lower the object's contrast. The area
+and with clutter: random colours in blocks of 2 px, which lower the object's contrast. The area
 target is held against no mixing seed by seed; ± is half of a 95 % interval over seeds. To measure
 all targets in one of these settings, give its flags to compare.py.
 """

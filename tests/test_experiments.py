@@ -334,7 +334,7 @@ def test_where_no_object_is_seen_the_oracle_takes_the_area(monkeypatch):
     torch.testing.assert_close(loss(*batch), script.mixed_loss(*batch))
 
 
-class MeanColor(torch.nn.Module):
+class MeanColour(torch.nn.Module):
     """A head on the mean of all pixels: what each contributes is known."""
 
     def forward(self, images):
@@ -347,11 +347,11 @@ def test_the_influence_of_a_source_on_a_linear_model_is_what_it_adds():
     mask = torch.zeros(2, 1, 8, 8)
     mask[:, :, :, 6:] = 1  # a quarter is the partner's
     owners, mixed = torch.stack([1 - mask, mask], dim=1), tl_align.mix(images, mask)
-    shares = mixing_ratio.influence(MeanColor(), mixed, owners, [torch.zeros(1, 3, 8, 8)])
+    shares = mixing_ratio.influence(MeanColour(), mixed, owners, [torch.zeros(1, 3, 8, 8)])
     torch.testing.assert_close(shares[:, 1], torch.tensor([3 / (3 + 3), 1 / (1 + 9)]))
     # Half above nothing, on average.
     blanks = [torch.full((1, 3, 8, 8), value) for value in (0.0, 1.0)]
-    shares = mixing_ratio.influence(MeanColor(), mixed, owners, blanks)
+    shares = mixing_ratio.influence(MeanColour(), mixed, owners, blanks)
     torch.testing.assert_close(shares[:, 1], torch.tensor([2.5 / (2.5 + 1.5), 0.5 / (0.5 + 7.5)]))
 
 

@@ -124,10 +124,12 @@ def train_run(settings, datasets, loss=train.mixed_loss, model=None):
     """Train a run, or continue it. A finished one is only loaded. Returns the trained model."""
     if model is None:
         model = train.build_model(settings, len(datasets.classes))
+    lock = train.lock_folder(settings.out)
     checkpoint = train.find_checkpoint(settings, datasets)
     if settings.finetune and checkpoint is None:
         train.load_weights(model, settings.finetune, datasets.classes, new_head=True)
     train.train(settings, datasets, model, loss, checkpoint)
+    lock.close()
     return model.eval()
 
 

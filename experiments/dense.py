@@ -200,6 +200,7 @@ def finetune(settings, datasets, model, loss, transform, score):
     """
     out = Path(settings.out)
     identity = train.run_identity(settings, datasets)
+    lock = train.lock_folder(out)
     checkpoint = train.find_checkpoint(settings, datasets)
     trainer = train.Trainer(settings, model, loss)
     progress = train.Progress() if checkpoint is None else trainer.load(checkpoint)
@@ -222,6 +223,7 @@ def finetune(settings, datasets, model, loss, transform, score):
     if train.get_rank() == 0:
         train.write_text(out / "metrics.jsonl", json.dumps(progress.history[-1]) + "\n")
     save()
+    lock.close()
 
 
 # ------------------------------------------------------------------------------------------------

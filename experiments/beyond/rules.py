@@ -1,6 +1,6 @@
 """Other rules for labels: are they nearer to the truth, and are they better targets?
 
-    python experiments/beyond/rules.py                           # built-in images, MINUTES
+    python experiments/beyond/rules.py                           # built-in images, 16 minutes on a core
     python experiments/beyond/rules.py --targets area TL-Align --seeds 24
     python experiments/beyond/rules.py --targets area --data cifar10 --images 10000 --passes 1 \\
         --epochs 20 --batch-size 128
@@ -39,6 +39,7 @@ import convnext  # noqa: E402
 import data  # noqa: E402
 import mixer  # noqa: E402
 import mixing_ratio  # noqa: E402
+import oracle  # noqa: E402
 import swin  # noqa: E402
 import tl_align  # noqa: E402
 import train  # noqa: E402
@@ -220,6 +221,7 @@ def rule_loss(model, images, targets, mask, rand, args):
 def make_jobs(args):
     """{(model, target, seed): (folder, settings, args)}."""
     name = f"rules-{Path(args.data).resolve().name}-{args.images}x{args.passes}x{args.epochs}"
+    name += f"-batch{args.batch_size}"
     jobs = {}
     for seed in range(args.seeds):
         datasets = open_datasets(args, seed)
@@ -306,7 +308,7 @@ def look(job, num_mixes):
     }
     if args.data == "shapes":
         objects = data.shapes(data.SHAPES_VAL, "val")[2][datasets.val.indices[:n], None]
-        truths["objects"] = compare.object_share(objects.to(mask), mask)[:, 0]
+        truths["objects"] = oracle.object_share(objects.to(mask), mask)[:, 0]
     return predict_shares(model, mixed, mask), truths
 
 

@@ -1,6 +1,6 @@
 """Clips: a ViT of tubelets, with CutMix in space and time.
 
-    python experiments/beyond/video.py                 # 8 minutes on a core
+    python experiments/beyond/video.py                 # 9 minutes on a core
 
 A clip of 16 frames of 16 x 16 px is laid out as an image of 64 x 64 px in which each patch of
 8 x 8 px is a tubelet of 4 frames and 4 x 4 px (Arnab et al. 2021, arXiv 2103.15691). So the model,

@@ -36,7 +36,8 @@ class Block(nn.Module):
         """x: (B, N, dim). labels: (B, N, K) or None. rand: for drop path, (B,) for each of the
         two branches."""
         mixed = self.mlp_tokens(self.norm1(x).mT).mT
-        mixed_labels = tl_align.attend(labels, self.mixing_matrix()[None])  # as of a single head
+        matrix = self.mixing_matrix().expand(len(x), 1, -1, -1)  # of a single head
+        mixed_labels = tl_align.attend(labels, matrix)
 
         x = x + self.drop_path(mixed, rand[0])
         labels = tl_align.residual(labels, mixed_labels)  # Y = (Y + A @ Y) / 2

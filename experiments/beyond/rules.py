@@ -107,7 +107,8 @@ def move_mixer(block, x, labels):
     gate = torch.special.ndtr(mlp.fc1(x))  # (B, C, hidden): gelu(h) = h * ndtr(h)
     parts = F.linear(torch.einsum("bcn,bnk->bkcn", x, labels), mlp.fc1.weight)
     parts = F.linear(parts * gate[:, None], mlp.fc2.weight)  # (B, K, C, N)
-    mixed = tl_align.attend(labels, block.mixing_matrix()[None])
+    matrix = block.mixing_matrix().expand(len(labels), 1, -1, -1)
+    mixed = tl_align.attend(labels, matrix)
     return Moved(mlp(x).mT, mixed, rearrange(parts, "b k c n -> b n k c"))
 
 

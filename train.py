@@ -76,7 +76,7 @@ IMAGENET = {
 IMAGENET_FINETUNE = {"epochs": 30, "lr": 5e-6, "weight_decay": 1e-8}
 
 # Smaller datasets, and images of up to 64 px. Measured on parts of CIFAR-10 at 32, 64 and 100 px,
-# see experiments/README.md.
+# see experiments/results/defaults.md.
 SMALL = {
     "epochs": 100,
     "batch_size": 128,

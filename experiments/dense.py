@@ -314,7 +314,7 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     settings.steps = args.steps or max(MIN_STEPS, steps)
     settings.epochs = 1
     settings.warmup_epochs = min(settings.warmup_steps / settings.steps, 0.1)
-    vars(settings).update(mix="none", augment="light", hflip=False)  # see `Augmented`
+    vars(settings).update(mix="none", augment="light", hflip=False, aug_repeats=1)
     vars(settings).update(clip_grad=0.0, compile=False)
     train.fill_defaults(settings, 224, num_images)
     if not settings.model.startswith("swin"):

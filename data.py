@@ -255,9 +255,8 @@ def find_images(root, classes):
     for target, class_name in enumerate(classes):
         class_root = os.path.join(root, class_name)
         num_before = len(samples)
-        walk = os.walk(
-            class_root, onerror=raise_error, followlinks=True
-        )  # ignores errors otherwise
+        # Without onerror, a folder that cannot be read would count as empty.
+        walk = os.walk(class_root, onerror=raise_error, followlinks=True)
         for folder, subfolders, files in walk:
             subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
             for file in sorted(files):

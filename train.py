@@ -368,7 +368,6 @@ class StopRequest:
 
 FORMAT = "tl-align-1"  # marks the checkpoints of this script
 
-
 # What a checkpoint may hold besides tensors: DeiT's settings, and numpy's numbers, which a function
 # creates that has one name in files written by numpy 1 and another one in newer files.
 numpy_scalar, _ = np.float64(0).__reduce__()
@@ -500,9 +499,9 @@ def find_checkpoint(args, datasets):
     try:
         checkpoint = load_checkpoint(path)
     except UserError as error:
-        advice = (
-            f"copy {best} to it to resume from there" if best.exists() else "there is no best.pt"
-        )
+        advice = "there is no best.pt"
+        if best.exists():
+            advice = f"copy {best} to it to resume from there"
         raise UserError(f"{error}; {advice}; --no-resume starts over") from error
     if checkpoint.get("format") != FORMAT:
         raise UserError(f"{path} was not written by this version of train.py: give another --out")
@@ -513,14 +512,14 @@ def find_checkpoint(args, datasets):
 def check_same_run(args, datasets, checkpoint):
     """Raises UserError if the checkpoint is of another model or other images, or of other settings
     and there is no --resume on the command line."""
+    identity = run_identity(args, datasets)
     refused, changed = [], []
-    if checkpoint["classes"] != datasets.classes:
+    if checkpoint["classes"] != identity["classes"]:
         refused.append("other classes")
-    num_images = [len(datasets.train), len(datasets.val)]
-    digest = checkpoint.get("digest", datasets.digest)  # older checkpoints have none
-    if checkpoint["num_images"] != num_images or digest != datasets.digest:
+    digest = checkpoint.get("digest", identity["digest"])  # older checkpoints have none
+    if checkpoint["num_images"] != identity["num_images"] or digest != identity["digest"]:
         refused.append("other images")
-    for name, value in vars(args).items():
+    for name, value in identity["args"].items():
         saved = checkpoint["args"].get(name)
         if name in RESUMABLE_ARGS or saved == value:
             continue
@@ -941,13 +940,18 @@ def main(argv=None):
     try:
         run(argv)
     except UserError as error:
-        message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
-        if os.environ.get("RANK", "0") != "0":
-            time.sleep(10)  # torchrun ends this process if the first one has the same error
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+        exit_with(error)
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def exit_with(error):
+    """End the process with status 2 and one line, the message of a UserError."""
+    message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(10)  # torchrun ends this process if the first one has the same error
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(2)
 
 
 def run(argv):

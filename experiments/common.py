@@ -1,8 +1,7 @@
 """What the experiments share: runs side by side, each done once, and how results are shown.
 
-A run is `train.train` in a folder of its own under --runs. The same command continues where it was
-stopped: a finished run is not repeated, and one with other settings or images is never taken for
-it, see `train.find_checkpoint`.
+A run has a folder of its own under --runs. The same command continues where it was stopped: a
+finished run is not repeated, and one with other settings or images is never taken for it.
 """
 
 import argparse
@@ -14,9 +13,11 @@ import signal
 import statistics
 import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -30,8 +31,9 @@ from data import UserError  # noqa: E402
 # The command line.
 
 
-def make_parser(doc):
-    """A parser of the flags that most experiments have. Change their defaults by `set_defaults`."""
+def make_parser(doc, any_data=True):
+    """A parser of the flags that most experiments have. Change their defaults by `set_defaults`.
+    any_data: whether the images and the models can be chosen."""
     parser = train.Parser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -39,12 +41,13 @@ def make_parser(doc):
     count = train.number(int, 1)
     count_or_all = train.number(int, 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--data", default="shapes", help="as for train.py [shapes]")
-    add("--root", default="data", help="folder of torchvision's datasets [data]")
-    add("--models", nargs="+", default=["vit_micro", "swin_micro"], help="[vit_micro swin_micro]")
+    if any_data:
+        add("--data", default="shapes", help="as for train.py [shapes]")
+        add("--root", default="data", help="folder of torchvision's datasets [data]")
+        add("--models", nargs="+", default=["vit_micro", "swin_micro"], help="[both micro models]")
+        add("--epochs", type=count, default=1, help="each ends with an evaluation [1]")
     add("--images", type=count_or_all, default=60, help="training images of a seed; 0: all [60]")
     add("--passes", type=count, default=100, help="over the images in each epoch [100]")
-    add("--epochs", type=count, default=1, help="each ends with an evaluation [1]")
     add("--batch-size", type=count, default=30, help="[30]")
     add("--val-images", type=count_or_all, default=0, help="0: all [0]")
     add("--seeds", type=count, default=3, help="number of seeds, from 0 [3]")
@@ -59,9 +62,7 @@ def main(function):
     try:
         function()
     except UserError as error:
-        message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
-        print("error:", " ".join(message.split()), file=sys.stderr)
-        sys.exit(2)
+        train.exit_with(error)
     except KeyboardInterrupt:
         print("stopped: the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -111,17 +112,31 @@ def make_settings(args, datasets, model, seed, out, **changes):
     return settings
 
 
-def is_finished(settings, datasets):
-    """Whether the run in --out has trained all epochs. Raises UserError if it is another run."""
+class Run(NamedTuple):
+    """A run of an experiment, in the folder settings.out. All of it can be pickled."""
+
+    settings: argparse.Namespace  # as train.py has them
+    open_datasets: Callable  # returns a data.Datasets
+    do: Callable  # do(run) trains, and returns a dict of results
+
+
+def read_result(run):
+    """The results of a run, or None if it is not finished. Raises UserError if what its folder
+    holds is another run."""
+    path = Path(run.settings.out, "result.json")
+    if not path.exists():
+        return None
+    result = json.loads(path.read_text())
     try:
-        checkpoint = train.find_checkpoint(settings, datasets)
+        train.check_same_run(run.settings, run.open_datasets(), result)
     except UserError as error:
         raise UserError(f"{error}; in an experiment, give another --runs") from error
-    return checkpoint is not None and len(checkpoint["progress"]["history"]) == settings.epochs
+    return result
 
 
-def train_run(settings, datasets, loss=train.mixed_loss, model=None):
-    """Train a run, or continue it. A finished one is only loaded. Returns the trained model."""
+def train_model(run, loss=train.mixed_loss, model=None):
+    """Train the model of a run, or go on with it. Returns it in evaluation mode."""
+    settings, datasets = run.settings, run.open_datasets()
     if model is None:
         model = train.build_model(settings, len(datasets.classes))
     lock = train.lock_folder(settings.out)
@@ -133,44 +148,50 @@ def train_run(settings, datasets, loss=train.mixed_loss, model=None):
     return model.eval()
 
 
-def load_run(settings, datasets, model=None):
+def train_and_evaluate(run, loss=train.mixed_loss, model=None):
+    """Train the model of a run. Returns its accuracy and calibration after the last epoch."""
+    model = train_model(run, loss, model)
+    metrics = Path(run.settings.out, "metrics.jsonl").read_text().splitlines()
+    logits, targets = predict(model, run.open_datasets().val, run.settings)
+    return {
+        "top1": json.loads(metrics[-1])["val_top1"],
+        "calibration_error": calibration_error(logits, targets),
+    }
+
+
+def load_model(run, model=None):
     """The model of a finished run, in evaluation mode, without gradients."""
+    settings, classes = run.settings, run.open_datasets().classes
     if model is None:
-        model = train.build_model(settings, len(datasets.classes))
-    train.load_weights(model, Path(settings.out, "last.pt"), datasets.classes)
+        model = train.build_model(settings, len(classes))
+    train.load_weights(model, Path(settings.out, "last.pt"), classes)
     return model.to(settings.device).eval().requires_grad_(False)
-
-
-def read_metrics(folder):
-    """The lines of a run's metrics.jsonl, a dict per epoch."""
-    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
 # ------------------------------------------------------------------------------------------------
 # Processes.
 
 
-def run_jobs(function, jobs, num_processes=None, is_done=None):
-    """Call function(job) for every job that is not done, in the order of the list.
+def run_all(runs, num_processes=None):
+    """Do all runs that are not finished, in their order; what they print goes to their log.txt.
 
-    jobs: tuples (folder, ...) of what can be pickled; what a job prints goes to folder/log.txt.
-    num_processes: how many processes, with one thread each, take jobs side by side; None: one per
-        core, or five on a GPU; 0: this process does all. is_done: a function of a job.
+    num_processes: how many processes, with one thread each, take runs side by side; None: one per
+        core, or five on a GPU; 0: this process does all.
     """
-    todo = [job for job in jobs if is_done is None or not is_done(job)]
-    print(f"{len(todo)} of {len(jobs)} runs to do", flush=True)
-    tasks = [(function, job, f"{number}/{len(todo)}") for number, job in enumerate(todo, 1)]
+    todo = [run for run in runs if read_result(run) is None]
+    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
+    tasks = [(run, f"{number}/{len(todo)}") for number, run in enumerate(todo, 1)]
     if num_processes is None:
         num_processes = 5 if torch.cuda.is_available() else train.NUM_CPUS
     if num_processes == 0:
         for task in tasks:
-            run_job(*task)
+            do_run(*task)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_processes, context, begin_process) as pool:
         # Ctrl-C would end processes while they start. Training takes note of it.
         handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        futures = [pool.submit(run_job, *task) for task in tasks]
+        futures = [pool.submit(do_run, *task) for task in tasks]
         signal.signal(signal.SIGINT, handler)
         try:
             for future in as_completed(futures):
@@ -182,16 +203,20 @@ def run_jobs(function, jobs, num_processes=None, is_done=None):
             raise
 
 
-def run_job(function, job, number):
-    folder = Path(job[0])
+def do_run(run, number):
+    """Do a run, and write its result.json. number: of the run, to be printed."""
+    folder = Path(run.settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            function(job)
+            result = run.do(run)
     except SystemExit:  # of training that was asked to stop
         data.kill_workers()
-        os._exit(1)  # a process of the pool would go on with the next job
-    print(f"{number} {folder}", flush=True)
+        os._exit(1)  # a process of the pool would go on with the next run
+    if train.get_rank() == 0:
+        identity = train.run_identity(run.settings, run.open_datasets())
+        train.write_text(folder / "result.json", json.dumps({**identity, **result}))
+        print(f"{number} {folder}", flush=True)
 
 
 def begin_process():
@@ -209,6 +234,11 @@ def end_with_parent():
 
 # ------------------------------------------------------------------------------------------------
 # What models answer.
+
+
+def center_crops(dataset, indices, size):
+    """The evaluation crops of some images, (n, 3, size, size) uint8."""
+    return torch.stack([data.center_crop(dataset[i][0], size) for i in indices])
 
 
 @torch.no_grad()
@@ -257,11 +287,6 @@ def interval(values):
     return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n)
 
 
-def paired_interval(a, b):
-    """The mean of a - b, pair by pair, and half of its 95 % interval."""
-    return interval([x - y for x, y in zip(a, b, strict=True)])
-
-
 def show(values, digits=2, sign=""):
     """The interval of some values as text: 1.23 ± 0.45; of one, the value. sign: "+" shows it."""
     mean, half = interval(values)
@@ -272,6 +297,15 @@ def show(values, digits=2, sign=""):
 def show_difference(a, b):
     """The paired interval of a - b as text: +1.23 ± 0.45."""
     return show([x - y for x, y in zip(a, b, strict=True)], sign="+")
+
+
+def make_rows(values, baseline):
+    """[name, mean, difference to the baseline] for each name. values: {name: a list over seeds}."""
+    rows = []
+    for name, own in values.items():
+        difference = "" if name == baseline else show_difference(own, values[baseline])
+        rows.append([name, f"{statistics.fmean(own):.2f}", difference])
+    return rows
 
 
 def markdown_table(header, rows):

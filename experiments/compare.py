@@ -15,8 +15,7 @@ last epoch. "Part of the ceiling" is a method's gain over the area as a part of 
 """
 
 import functools
-import json
-import statistics
+import itertools
 from pathlib import Path
 
 import torch
@@ -56,6 +55,11 @@ def make_parser(doc):
 # Images.
 
 
+def open_datasets(args, seed):
+    """The images of a run."""
+    return common.choose_images(open_images(args.data, args.root, args.clutter), args, seed)
+
+
 @functools.cache
 def open_images(name, root, clutter):
     """The datasets of --data. Raises UserError."""
@@ -84,79 +88,54 @@ def add_clutter(images, amount, part):
 # Runs.
 
 
-def make_jobs(args, methods):
-    """The runs of --models and methods with every seed: {(model, method, seed): (folder, settings,
-    args)}. Seeds are completed one after another."""
-    datasets = open_images(args.data, args.root, args.clutter)
+def make_runs(args, methods):
+    """The runs of --models and methods with every seed, {(model, method, seed): common.Run}.
+    Seeds are completed one after another."""
     name = f"{Path(args.data).resolve().name}-{args.images}x{args.passes}x{args.epochs}"
     name += f"-batch{args.batch_size}-mix{args.mix_prob:g}-clutter{args.clutter:g}"
-    jobs = {}
-    for seed in range(args.seeds):
-        chosen = common.choose_images(datasets, args, seed)
-        for model in args.models:
-            for method in methods:
-                if method == "TransMix" and model.startswith("swin"):
-                    continue  # without a class token
-                if method == ORACLE and args.data != "shapes":
-                    continue
-                method_name = method.split(" (")[0].replace(" ", "-")
-                folder = Path(args.runs, name, f"{model}-{method_name}-{seed}")
-                settings = common.make_settings(
-                    args, chosen, model, seed, folder, mix_prob=args.mix_prob, **METHODS[method]
-                )
-                settings.method = method  # tells runs from each other: the loss is no setting
-                settings.images, settings.passes = args.images, args.passes
-                settings.clutter = args.clutter
-                jobs[model, method, seed] = (folder, settings, args)
-    return jobs
+    runs = {}
+    for seed, model, method in itertools.product(range(args.seeds), args.models, methods):
+        if method == "TransMix" and model.startswith("swin"):
+            continue  # without a class token
+        if method == ORACLE and args.data != "shapes":
+            continue
+        changes = {"method": method, "mix_prob": args.mix_prob, **METHODS[method]}
+        for flag in ("images", "passes", "clutter"):  # they tell runs from each other, too
+            changes[flag] = getattr(args, flag)
+        method_name = method.split(" (")[0].replace(" ", "-")
+        out = f"{args.runs}/{name}/{model}-{method_name}-{seed}"
+        open_own = functools.partial(open_datasets, args, seed)
+        settings = common.make_settings(args, open_own(), model, seed, out, **changes)
+        runs[model, method, seed] = common.Run(settings, open_own, train_run)
+    return runs
 
 
-def run_datasets(job):
-    """The datasets of a run."""
-    _, settings, args = job
-    datasets = open_images(args.data, args.root, args.clutter)
-    return common.choose_images(datasets, args, settings.seed)
+def train_run(run):
+    loss = train.mixed_loss
+    if run.settings.method == "TransMix":
+        loss = transmix_loss
+    elif run.settings.method == ORACLE:
+        datasets = run.open_datasets()
+        checkpoint = train.find_checkpoint(run.settings, datasets)
+        step = 0 if checkpoint is None else checkpoint["progress"]["step"]
+        loss = ObjectLoss(datasets.train.indices, run.settings, step)
+    return common.train_and_evaluate(run, loss)
 
 
-def train_job(job):
-    """Train a run and measure its calibration."""
-    folder, settings, args = job
-    datasets = run_datasets(job)
-    model = common.train_run(settings, datasets, make_loss(job, datasets))
-    logits, targets = common.predict(model, datasets.val, settings)
-    result = {"calibration_error": common.calibration_error(logits, targets)}
-    train.write_text(folder / "calibration.json", json.dumps(result))
+def read_results(runs, model, methods, num_seeds):
+    """{method: a list of results}, of the seeds with which the runs of all methods are done."""
+    results = {method: [] for method in methods}
+    for seed in range(num_seeds):
+        found = [common.read_result(runs[model, method, seed]) for method in methods]
+        if all(found):
+            for method, result in zip(methods, found, strict=True):
+                results[method].append(result)
+    return results
 
 
-def make_loss(job, datasets):
-    settings = job[1]
-    if settings.method == "TransMix":
-        return transmix_loss
-    if settings.method != ORACLE:
-        return train.mixed_loss
-    checkpoint = train.find_checkpoint(settings, datasets)
-    step = 0 if checkpoint is None else checkpoint["progress"]["step"]
-    return ObjectLoss(datasets.train.indices, settings, step)
-
-
-def is_done(job):
-    folder, settings, _ = job
-    finished = common.is_finished(settings, run_datasets(job))
-    return finished and (folder / "calibration.json").exists()
-
-
-def complete_seeds(jobs, model, methods, num_seeds):
-    """The seeds with which the runs of all methods are done."""
-    seeds = range(num_seeds)
-    return [s for s in seeds if all(is_done(jobs[model, method, s]) for method in methods)]
-
-
-def read_top1(job):
-    return common.read_metrics(job[0])[-1]["val_top1"]
-
-
-def read_calibration_error(job):
-    return json.loads((job[0] / "calibration.json").read_text())["calibration_error"]
+def values_of(results, key="top1"):
+    """{method: a list of numbers}. results: from `read_results`."""
+    return {method: [result[key] for result in own] for method, own in results.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -178,23 +157,18 @@ def part_of(gains, ceiling, resamples=10_000):
     return f"{100 * gains.mean() / ceiling.mean():.0f} % ({low:.0f} to {high:.0f})"
 
 
-def make_rows(model, jobs, methods, seeds):
-    """The table's rows of a model, of these seeds."""
-    top1 = {}
-    for method in methods:
-        top1[method] = [read_top1(jobs[model, method, seed]) for seed in seeds]
-    rows = []
-    for method in methods:
-        errors = [read_calibration_error(jobs[model, method, seed]) for seed in seeds]
-        difference, part = "", ""
-        if method != "area":
-            difference = common.show_difference(top1[method], top1["area"])
-        if method in ("TransMix", "TL-Align") and ORACLE in methods:
+def make_rows(results):
+    """A row for each method. results: from `read_results`."""
+    top1, errors = values_of(results), values_of(results, "calibration_error")
+    rows = common.make_rows(top1, "area")
+    for row in rows:
+        method = row[0]
+        part = ""
+        if method in ("TransMix", "TL-Align") and ORACLE in top1:
             gains = [a - b for a, b in zip(top1[method], top1["area"], strict=True)]
             ceiling = [a - b for a, b in zip(top1[ORACLE], top1["area"], strict=True)]
             part = part_of(gains, ceiling)
-        mean = f"{statistics.fmean(top1[method]):.2f}"
-        rows.append([model, method, mean, difference, common.show(errors), part])
+        row += [common.show(errors[method]), part]
     return rows
 
 
@@ -204,17 +178,17 @@ def main():
     parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     methods = [name for name in METHODS if name in args.methods or name == "area"]
-    jobs = make_jobs(args, methods)
+    runs = make_runs(args, methods)
     if not args.table:
-        common.run_jobs(train_job, list(jobs.values()), args.jobs, is_done)
+        common.run_all(runs.values(), args.jobs)
 
     rows, complete = [], ""
     for model in args.models:
-        own = [method for method in methods if (model, method, 0) in jobs]
-        seeds = complete_seeds(jobs, model, own, args.seeds)
-        if seeds:
-            rows += make_rows(model, jobs, own, seeds)
-        complete += f" {model}: {len(seeds)} seeds."
+        own = [method for method in methods if (model, method, 0) in runs]
+        results = read_results(runs, model, own, args.seeds)
+        if results["area"]:
+            rows += [[model, *row] for row in make_rows(results)]
+        complete += f" {model}: {len(results['area'])} seeds."
     header = ["model", "method", "top-1 %", "difference to area", "calibration error %"]
     text = common.markdown_table([*header, "part of the ceiling"], rows)
     text += f"\n{describe(args)} Mixed: {args.mix_prob:.0%}; clutter: {args.clutter:g}.{complete}\n"

@@ -13,26 +13,17 @@ by fused attention (a second call for the labels):
 
 and with timm's model of that name, where timm is installed, with the area target. Steps are timed
 in turn, and ratios taken within a round, so that a machine that is busy slows all alike; ± is half
-of a 95 % interval over rounds. Memory is the peak of a step with weights and optimizer. Labels'
-arithmetic is their part of a step's operations, by count.
+of a 95 % interval over rounds. Memory, on CUDA, is the peak of a step with weights and optimizer.
 """
 
 import copy
-import json
-import os
 import statistics
-import tempfile
 import time
 from importlib.util import find_spec
-from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler would print when it starts and stops
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 import common
 import tl_align
@@ -118,42 +109,14 @@ class Step:
         return (time.perf_counter() - start) / repeats
 
     def peak_memory(self):
-        """Bytes: the most that is allocated during a step, and what is held between steps."""
+        """The most bytes that are allocated during a step, on CUDA. Weights, gradients and the
+        optimizer's state of the other steps that are compared do not count."""
         self.run()  # allocates the optimizer's state
-        if self.on_cuda:
-            before = torch.cuda.memory_allocated()  # by all steps
-            torch.cuda.reset_peak_memory_stats()
-            self.run()
-            most = torch.cuda.max_memory_allocated() - before
-        else:
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-                self.run()
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "trace.json")
-                recorded.export_chrome_trace(str(path))
-                events = json.loads(path.read_text())["traceEvents"]
-            most = max(e["args"]["Total Allocated"] for e in events if e["name"] == "[memory]")
-        return most + 3 * sum(4 * p.numel() for p in self.trainer.raw_model.parameters())
-
-
-def label_arithmetic(settings, form, num_sources):
-    """The operations on labels as a part of those of a training step without labels, which are
-    three times those of its forward pass."""
-    model = make_model(settings, form).eval()
-    images = torch.rand(1, 3, settings.img_size, settings.img_size)
-    num_tokens = (settings.img_size // settings.patch_size) ** 2
-    labels = torch.rand(1, num_tokens, num_sources)
-    counts = []
-    for inputs in ((images,), (images, labels)):
-        # The counter does not know all fused kernels.
-        with (
-            torch.no_grad(),
-            sdpa_kernel(SDPBackend.MATH),
-            FlopCounterMode(display=False) as counter,
-        ):
-            model(*inputs)
-        counts.append(counter.get_total_flops())
-    return (counts[1] - counts[0]) / (3 * counts[0])
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.run()
+        own = 3 * sum(4 * p.numel() for p in self.trainer.raw_model.parameters())
+        return torch.cuda.max_memory_allocated() - before + own
 
 
 def make_settings(model, size, words):
@@ -173,7 +136,6 @@ def measure(settings, forms, rounds, repeats):
     for form in forms:
         for target in ["area"] if form == "timm" else TARGETS:
             steps[form, target] = Step(settings, form, target)
-    memory = {key: step.peak_memory() for key, step in steps.items()}
     seconds = {key: [] for key in steps}
     for _ in range(rounds):
         for key, step in steps.items():
@@ -187,12 +149,10 @@ def measure(settings, forms, rounds, repeats):
         for base in ((forms[0], "area"), area):
             ratios = [a / b for a, b in zip(seconds[key], seconds[base], strict=True)]
             row.append(common.show(ratios, digits=3))
-        row += [f"{memory[key] / 2**30:.2f}", f"{memory[key] / memory[area]:.3f}"]
-        arithmetic = ""
-        if target != "area":
-            num_sources = NUM_CLASSES if target == "dense" else 1
-            arithmetic = f"{label_arithmetic(settings, form, num_sources):.2%}"
-        rows.append([*row, arithmetic])
+        if settings.device == "cuda":
+            peak = steps[key].peak_memory()
+            row += [f"{peak / 2**30:.2f}", f"{peak / steps[area].peak_memory():.3f}"]
+        rows.append(row)
     return rows
 
 
@@ -210,14 +170,15 @@ def main():
     torch._dynamo.config.cache_size_limit = 64  # a graph for each step of `measure`
 
     header = ["model", "px", "attention", "target", "images/s", f"time / {args.forms[0]}, area"]
-    header += ["time / area", "peak GiB", "memory / area", "labels' arithmetic"]
+    header += ["time / area"]
     rows = []
     for model in args.models:
         for size in args.sizes:
             settings = make_settings(model, size, words)
             repeats = args.steps or (10 if settings.device == "cuda" else 1)
             rows += measure(settings, args.forms, args.rounds, repeats)
-            text = common.markdown_table(header, rows)
+            memory = ["peak GiB", "memory / area"] if settings.device == "cuda" else []
+            text = common.markdown_table([*header, *memory], rows)
             text += f"\nBatch {settings.batch_size}, {args.rounds} rounds, {settings.device}, "
             text += f"torch {torch.__version__}.\n"
             common.write_results("cost", text, args.out)

@@ -4,7 +4,6 @@ fine-tuning on the pieces of train.py, and the comparison of starting points.
 
 import argparse
 import functools
-import json
 import math
 import os
 import re
@@ -64,13 +63,20 @@ class Backbone(nn.Module):
 
 
 def vit_maps(model, images, rand):
-    """The patch tokens after the last block as a map, repeated or averaged to four strides."""
+    """The patch tokens after the last block as a map, enlarged or max-pooled to four strides."""
     x, _ = model.embed(images)
     for block, block_rand in zip(model.blocks, rand, strict=True):
         x, _ = block(x, rand=block_rand)
     x = model.norm(x)[:, 1:]  # without the class token
     x = rearrange(x, "b (h w) d -> b d h w", h=model.grid_size)
-    return [F.interpolate(x, model.img_size // stride, mode="area") for stride in VIT_STRIDES]
+    maps = []
+    for stride in VIT_STRIDES:
+        size = model.img_size // stride
+        if size < model.grid_size:
+            maps.append(F.adaptive_max_pool2d(x, size))
+        else:
+            maps.append(F.interpolate(x, size, mode="bilinear"))
+    return maps
 
 
 def swin_maps(model, images, rand):
@@ -192,12 +198,13 @@ def to_device(target, device):
     return {name: data.to_device(x, device) for name, x in target.items()}
 
 
-def finetune(settings, datasets, model, loss, transform, score):
+def finetune(run, model, loss, transform, score):
     """Fine-tune a model, from the last checkpoint of its run if there is one, and score it.
 
-    loss: as for `train.Trainer`. score(model, dataset, settings): a dict of numbers for the line
-    in metrics.jsonl. model.depth is that of the backbone, for drop path.
+    loss: as for `train.Trainer`. score(model, dataset, settings): a dict of results. model.depth is
+    that of the backbone, for drop path.
     """
+    settings, datasets = run.settings, run.open_datasets()
     out = Path(settings.out)
     identity = train.run_identity(settings, datasets)
     lock = train.lock_folder(out)
@@ -219,11 +226,8 @@ def finetune(settings, datasets, model, loss, transform, score):
             sys.exit(128 + (stop.signal or signal.SIGTERM))
     with torch.no_grad(), torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
         scores = score(trainer.eval_model.eval(), datasets.val, settings)
-    progress.history.append({"step": progress.step, **scores})
-    if train.get_rank() == 0:
-        train.write_text(out / "metrics.jsonl", json.dumps(progress.history[-1]) + "\n")
-    save()
     lock.close()
+    return scores
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ def finetune(settings, datasets, model, loss, transform, score):
 NUM_IMAGES = 2000  # on which transfer.py trains
 LARGE_SIZE = 256  # from this size on the recipe is that of large images
 MIN_STEPS = 150
-MICRO_LR = 1e-3  # of narrow models
+MICRO_LR = 2e-3  # of narrow models
 
 
 def parse_args(doc):
@@ -274,21 +278,19 @@ def find_starts(args):
     model is the baseline. Without --checkpoints they are those of transfer.py, trained here."""
     if args.checkpoints:
         return {("", path): [path] * args.seeds for path in args.checkpoints}
-    words = ["--images", str(NUM_IMAGES), "--passes", "5", "--device", args.device]
-    flags = common.make_parser("").parse_args([*words, "--runs", args.runs])
+    words = ["--images", str(NUM_IMAGES), "--device", args.device, "--runs", args.runs]
+    flags = transfer.make_parser("").parse_args(words)
     starts = {}
-    jobs = []
+    runs = []
     for model in flags.models:
-        for start in transfer.TRAINED:
-            changes = compare.METHODS[start]
-            group = [
-                transfer.make_job(flags, False, model, seed, start, **changes)
-                for seed in range(args.seeds)
+        for method in transfer.TRAINED:
+            own = [
+                transfer.make_first_run(flags, model, seed, method) for seed in range(args.seeds)
             ]
-            starts[model, start] = [f"{folder}/last.pt" for folder, *_ in group]
-            jobs += group
-        starts[model, "from scratch"] = starts[model, start]  # for the kind of model
-    common.run_jobs(transfer.train_job, jobs, args.jobs, transfer.is_done)
+            starts[model, method] = [f"{run.settings.out}/last.pt" for run in own]
+            runs += own
+        starts[model, "from scratch"] = starts[model, method]  # for the kind of model
+    common.run_all(runs, args.jobs)
     if train.get_world_size() > 1:
         dist.barrier()  # the first process writes the checkpoints
     return starts
@@ -314,8 +316,8 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     settings.steps = args.steps or max(MIN_STEPS, steps)
     settings.epochs = 1
     settings.warmup_epochs = min(settings.warmup_steps / settings.steps, 0.1)
-    vars(settings).update(mix="none", augment="light", hflip=False, aug_repeats=1)
-    vars(settings).update(clip_grad=0.0, compile=False)
+    vars(settings).update(mix="none", augment="light", hflip=False)  # see `Augmented`
+    vars(settings).update(aug_repeats=1, clip_grad=0.0, compile=False)
     train.fill_defaults(settings, 224, num_images)
     if not settings.model.startswith("swin"):
         settings.img_size = settings.size  # the position embedding is resized
@@ -327,43 +329,39 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
 def run(name, args, recipes, open_datasets, tune, measures):
     """Fine-tune from each starting point, and write the table.
 
-    open_datasets(folder, seed): of --data, or scenes. tune((out, settings)): does a run. measures:
-    {key in metrics.jsonl: title}; the first one is compared with the baseline, seed by seed.
+    open_datasets(folder, seed): of --data, or scenes. tune(run): does a run. measures: {key of its
+    result: title}; the first one is compared with the baseline, seed by seed.
     """
     runs = {}
     for (model, start), checkpoints in find_starts(args).items():
-        runs[model, start] = []
         for seed, checkpoint in enumerate(checkpoints):
             label = re.sub(r"[^\w.]+", "-", f"{model} {start} {seed}").strip("-.")
-            datasets = open_datasets(args.data, seed)
             out = f"{args.runs}/{name}-{Path(args.data).resolve().name}/{label}"
-            settings = make_settings(args, recipes, datasets, checkpoint, seed, out)
+            open_own = functools.partial(open_datasets, args.data, seed)
+            settings = make_settings(args, recipes, open_own(), checkpoint, seed, out)
             settings.scratch = start == "from scratch"
-            runs[model, start].append(settings)
-
-    def is_done(job):
-        _, settings = job
-        return common.is_finished(settings, open_datasets(args.data, settings.seed))
-
-    jobs = [(settings.out, settings) for group in runs.values() for settings in group]
-    common.run_jobs(tune, jobs, args.jobs, is_done)
+            runs[model, start, seed] = common.Run(settings, open_own, tune)
+    common.run_all(runs.values(), args.jobs)
     if train.get_rank() == 0:
-        header = ["model", "start", *measures.values(), "difference to the baseline"]
-        text = common.markdown_table(header, make_rows(runs, measures))
+        first, *others = measures.values()
+        header = ["model", "start", first, "difference to the baseline", *others]
+        datasets = open_own()
+        text = common.markdown_table(header, make_rows(runs, measures, args.seeds))
         text += f"\n{settings.steps} steps of {settings.batch_size} images of {settings.size} px; "
         text += f"{len(datasets.train)} images to train on, {len(datasets.val)} to validate; "
         text += f"{args.seeds} seed(s), ± is half of a 95 % interval of paired differences.\n"
         common.write_results(name, text, args.runs)
 
 
-def make_rows(runs, measures):
-    """A row for each start: the means over seeds, and the difference to the model's first start."""
-    rows, baselines = [], {}
-    for (model, start), group in runs.items():
-        results = [common.read_metrics(settings.out)[-1] for settings in group]
-        means = [f"{statistics.fmean(result[key] for result in results):.2f}" for key in measures]
-        values = [result[next(iter(measures))] for result in results]
-        baseline = baselines.setdefault(model, values)
-        difference = "" if values is baseline else common.show_difference(values, baseline)
-        rows.append([group[0].model, start, *means, difference])
+def make_rows(runs, measures, num_seeds):
+    """A row for each start: means over seeds, and the difference to the model's first start."""
+    rows = []
+    for model in dict.fromkeys(model for model, _, _ in runs):
+        starts = [start for other, start, seed in runs if (other, seed) == (model, 0)]
+        results = compare.read_results(runs, model, starts, num_seeds)
+        first, *others = [compare.values_of(results, key) for key in measures]
+        kind = runs[model, starts[0], 0].settings.model
+        for start, *row in common.make_rows(first, starts[0]):
+            row += [f"{statistics.fmean(values[start]):.2f}" for values in others]
+            rows.append([kind, start, *row])
     return rows

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from torchvision import ops, tv_tensors
 from torchvision.models.detection import FasterRCNN, MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.transforms import v2
@@ -37,13 +37,11 @@ import train
 from data import UserError
 
 # width: of the pyramid. anchor: the side of an anchor in units of its map's stride. min_scale: of
-# an image relative to the largest that fits. options: of torchvision's detectors.
+# an image relative to the largest that fits.
 SMALL = {"passes": 5, "batch_size": 8, "lr": 1e-4, "weight_decay": 0.05, "warmup_steps": 1000}
 SMALL |= {"width": 32, "anchor": 4, "min_scale": 1.0}
-SMALL["options"] = {"rpn_post_nms_top_n_train": 125, "box_batch_size_per_image": 32}
-SMALL["options"] |= {"rpn_post_nms_top_n_test": 60}
 LARGE = {"passes": 12, "batch_size": 16, "lr": 1e-4, "weight_decay": 0.05, "warmup_steps": 1000}
-LARGE |= {"width": 256, "anchor": 8, "min_scale": 0.6, "options": {}}
+LARGE |= {"width": 256, "anchor": 8, "min_scale": 0.6}
 
 # ------------------------------------------------------------------------------------------------
 # The model.
@@ -65,9 +63,13 @@ class Detector(nn.Module):
         sizes = [(settings.anchor * stride,) for stride in strides]
         options = {
             "rpn_anchor_generator": AnchorGenerator(sizes, [(0.5, 1.0, 2.0)] * len(sizes)),
-            "box_predictor": FastRCNNPredictor(1024, num_classes + 1),  # and the background
-            **settings.options,
+            "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
+            "box_predictor": FastRCNNPredictor(4 * width, num_classes + 1),  # and the background
         }
+        if settings.size < dense.LARGE_SIZE:  # a sixteenth of the boxes that torchvision takes
+            options["rpn_post_nms_top_n_train"] = 125
+            options["rpn_post_nms_top_n_test"] = 60
+            options["box_batch_size_per_image"] = 32
         if has_masks:
             options["mask_head"] = MaskRCNNHeads(width, [width] * 4, dilation=1)
             options["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes + 1)
@@ -292,12 +294,11 @@ def score(model, dataset, settings):
     return average_precision(results, model.num_classes)
 
 
-def tune(job):
-    _, settings = job
-    datasets = open_datasets(settings.data, settings.seed)
+def tune(run):
+    datasets = run.open_datasets()
     has_masks = "masks" in datasets.train[0][1]
-    model = Detector(settings, len(datasets.classes), has_masks)
-    dense.finetune(settings, datasets, model, loss, make_transform(settings), score)
+    model = Detector(run.settings, len(datasets.classes), has_masks)
+    return dense.finetune(run, model, loss, make_transform(run.settings), score)
 
 
 def main():

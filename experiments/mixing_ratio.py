@@ -91,27 +91,26 @@ def look(model, mixed, mask, blank):
     return found
 
 
-def look_at_runs(jobs, num_mixes):
+def look_at_runs(runs, num_mixes):
     """`look` at the same mixes with the models of some runs: a dict of (seeds, n) on the CPU. With
     the share of objects, for the built-in images."""
-    settings, datasets = jobs[0][1], compare.run_datasets(jobs[0])
-    n = min(num_mixes, len(datasets.val)) // 2 * 2
-    crops = [data.center_crop(datasets.val[i][0], settings.img_size) for i in range(n)]
-    images = data.normalize(torch.stack(crops))
+    settings, val = runs[0].settings, runs[0].open_datasets().val
+    n = min(num_mixes, len(val)) // 2 * 2
+    images = data.normalize(common.center_crops(val, range(n), settings.img_size))
     rand = data.uniform((n, 3), "mixing ratio")
     mask = tl_align.cutmix_mask(rand, images.shape[-2:], settings.patch_size)
     batches = list(zip(tl_align.mix(images, mask).split(200), mask.split(200), strict=True))
     blank = mean_patch(images, settings.patch_size).to(settings.device)
-    runs = []
-    for job in jobs:
-        model = common.load_run(job[1], datasets)
-        looks = [
+    looks = []
+    for run in runs:
+        model = common.load_model(run)
+        parts = [
             look(model, x.to(settings.device), m.to(settings.device), blank) for x, m in batches
         ]
-        runs.append({key: torch.cat([found[key] for found in looks]).cpu() for key in looks[0]})
-    found = {key: torch.stack([run[key] for run in runs]) for key in runs[0]}
+        looks.append({key: torch.cat([part[key] for part in parts]).cpu() for key in parts[0]})
+    found = {key: torch.stack([own[key] for own in looks]) for key in looks[0]}
     if settings.data == "shapes":
-        masks = data.shapes(data.SHAPES_VAL, "val")[2][datasets.val.indices[:n]]
+        masks = data.shapes(data.SHAPES_VAL, "val")[2][val.indices[:n]]
         found["objects", ""] = oracle.object_share(masks[:, None].float(), mask).mT
     return found
 
@@ -179,12 +178,12 @@ def main():
     parser.add_argument("--mixes", type=int, default=1000, help="mixed images to look at [1000]")
     args = parser.parse_args()
     truths = ["influence", "objects"] if args.data == "shapes" else ["influence"]
-    jobs = compare.make_jobs(args, TRAINED)
-    common.run_jobs(compare.train_job, list(jobs.values()), args.jobs, compare.is_done)
+    runs = compare.make_runs(args, TRAINED)
+    common.run_all(runs.values(), args.jobs)
 
     rows = []
     for model, trained in itertools.product(args.models, TRAINED):
-        own = [jobs[model, trained, seed] for seed in range(args.seeds)]
+        own = [runs[model, trained, seed] for seed in range(args.seeds)]
         found = look_at_runs(own, args.mixes)
         for key in found:
             if key[0] in ("area", "TransMix", "TL-Align"):

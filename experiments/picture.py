@@ -74,8 +74,7 @@ def make_columns(model, images, settings):
     """The picture's columns, each a title, images (B, 3, H, W) from 0 to 255, and the shares (B,)
     to print, or None."""
     chosen = torch.linspace(0, len(images) - 1, 2 * NUM_ROWS).long().tolist()
-    crops = [data.center_crop(images[i][0], settings.img_size) for i in chosen]
-    crops = torch.stack(crops).float()
+    crops = common.center_crops(images, chosen, settings.img_size).float()
     # Boxes of middling size that do not reach the border.
     rand = 0.25 + 0.5 * data.uniform((len(crops), 3), "picture")
     mask = tl_align.cutmix_mask(rand, crops.shape[-2:], settings.patch_size)

@@ -131,12 +131,12 @@ def measure(settings, checkpoint, args):
 
 def measure_trained(args):
     """Train models, and measure them: {model: {method: [a dict for each seed]}}."""
-    jobs = compare.make_jobs(args, TRAINED)
-    common.run_jobs(compare.train_job, list(jobs.values()), args.jobs, compare.is_done)
+    runs = compare.make_runs(args, TRAINED)
+    common.run_all(runs.values(), args.jobs)
     found = {}
-    for (model, method, _), (folder, settings, _) in jobs.items():
-        runs = found.setdefault(model, {}).setdefault(method, [])
-        runs.append(measure(settings, folder / "last.pt", args))
+    for (model, method, _), (settings, *_) in runs.items():
+        seeds = found.setdefault(model, {}).setdefault(method, [])
+        seeds.append(measure(settings, f"{settings.out}/last.pt", args))
     return found
 
 

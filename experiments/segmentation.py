@@ -256,11 +256,9 @@ def score(model, dataset, settings):
     return summarize(matrix)
 
 
-def tune(job):
-    _, settings = job
-    datasets = open_datasets(settings.data, settings.seed)
-    model = Segmenter(settings, len(datasets.classes))
-    dense.finetune(settings, datasets, model, loss, make_transform(settings), score)
+def tune(run):
+    model = Segmenter(run.settings, len(run.open_datasets().classes))
+    return dense.finetune(run, model, loss, make_transform(run.settings), score)
 
 
 def main():

@@ -11,7 +11,7 @@ is that of the other half's validation images, and ± is half of a 95 % interval
 
 import argparse
 import functools
-import statistics
+import itertools
 from pathlib import Path
 
 import common
@@ -37,63 +37,63 @@ def half_of(name, root, is_second):
     return datasets._replace(train=keep(datasets.train), val=keep(datasets.val), classes=classes)
 
 
-def run_datasets(job):
-    _, settings, args, is_second = job
-    half = half_of(args.data, args.root, is_second)
-    return common.choose_images(half, args, settings.seed)
+def open_datasets(args, is_second, seed):
+    """The images of a run."""
+    return common.choose_images(half_of(args.data, args.root, is_second), args, seed)
 
 
-def train_job(job):
-    common.train_run(job[1], run_datasets(job))
-
-
-def is_done(job):
-    return common.is_finished(job[1], run_datasets(job))
-
-
-def make_job(args, is_second, model, seed, name, **changes):
-    """A run on one half of the classes: (folder, settings, args, is_second)."""
-    datasets = common.choose_images(half_of(args.data, args.root, is_second), args, seed)
+def make_run(args, is_second, model, seed, name, **changes):
+    """A run on one half of the classes."""
     half = "second" if is_second else "first"
     folder = f"{Path(args.data).resolve().name}-{half}-half-{args.images}x{args.passes}"
-    folder = Path(args.runs, folder, f"{model}-{name}-{seed}")
-    settings = common.make_settings(args, datasets, model, seed, folder, **changes)
-    return folder, settings, args, is_second
+    out = f"{args.runs}/{folder}/{model}-{name}-{seed}"
+    open_own = functools.partial(open_datasets, args, is_second, seed)
+    settings = common.make_settings(args, open_own(), model, seed, out, **changes)
+    return common.Run(settings, open_own, common.train_and_evaluate)
+
+
+def make_first_run(args, model, seed, method):
+    return make_run(args, False, model, seed, method, **compare.METHODS[method])
+
+
+def make_parser(doc):
+    parser = common.make_parser(doc)
+    parser.set_defaults(images=2000, passes=5)
+    return parser
 
 
 def main():
-    parser = common.make_parser(__doc__)
+    parser = make_parser(__doc__)
     count = train.number(int, 1)
     parser.add_argument("--few", type=count, default=60, help="images to fine-tune on [60]")
     parser.add_argument("--tune-passes", type=count, default=100, help="over those [100]")
-    parser.set_defaults(images=2000, passes=5)
     args = parser.parse_args()
     tune_args = argparse.Namespace(**{**vars(args), "images": args.few, "passes": args.tune_passes})
 
     first, second = {}, {}
-    for seed in range(args.seeds):
-        for model in args.models:
-            second[model, "from scratch", seed] = make_job(
-                tune_args, True, model, seed, "from-scratch", mix="none"
+    for seed, model in itertools.product(range(args.seeds), args.models):
+        second[model, "from scratch", seed] = make_run(
+            tune_args, True, model, seed, "from-scratch", mix="none"
+        )
+        for method in TRAINED:
+            run = make_first_run(args, model, seed, method)
+            first[model, method, seed] = run
+            second[model, method, seed] = make_run(
+                tune_args,
+                True,
+                model,
+                seed,
+                method,
+                mix="none",
+                finetune=f"{run.settings.out}/last.pt",
             )
-            for method in TRAINED:
-                job = make_job(args, False, model, seed, method, **compare.METHODS[method])
-                first[model, method, seed] = job
-                second[model, method, seed] = make_job(
-                    tune_args, True, model, seed, method, mix="none", finetune=f"{job[0]}/last.pt"
-                )
-    common.run_jobs(train_job, list(first.values()), args.jobs, is_done)
-    common.run_jobs(train_job, list(second.values()), args.jobs, is_done)
+    common.run_all(first.values(), args.jobs)
+    common.run_all(second.values(), args.jobs)
 
     rows = []
     for model in args.models:
-        top1 = {}
-        for start in ("from scratch", *TRAINED):
-            jobs = [second[model, start, seed] for seed in range(args.seeds)]
-            top1[start] = [compare.read_top1(job) for job in jobs]
-        for start, values in top1.items():
-            difference = "" if start == "area" else common.show_difference(values, top1["area"])
-            rows.append([model, start, f"{statistics.fmean(values):.2f}", difference])
+        results = compare.read_results(second, model, ("from scratch", *TRAINED), args.seeds)
+        rows += [[model, *row] for row in common.make_rows(compare.values_of(results), "area")]
     text = common.markdown_table(["model", "trained with", "top-1 %", "difference to area"], rows)
     text += f"\nFirst half: {compare.describe(args)} Second half: {args.tune_passes} passes over "
     text += f"{args.few} images. {args.seeds} seeds.\n"

@@ -9,7 +9,7 @@ all targets in one of these settings, give its flags to compare.py.
 """
 
 import argparse
-import statistics
+import itertools
 
 import common
 import compare
@@ -37,24 +37,23 @@ def main():
     scan = []
     for changes in SETTINGS:
         changed = argparse.Namespace(**{**vars(args), **changes})
-        scan.append((changed, compare.make_jobs(changed, METHODS)))
+        scan.append((changed, compare.make_runs(changed, METHODS)))
     if not args.table:
-        jobs = [job for _, own in scan for job in own.values()]
-        jobs.sort(key=lambda job: job[1].seed)  # seeds are completed one after another
-        common.run_jobs(compare.train_job, jobs, args.jobs, compare.is_done)
+        runs = [run for _, own in scan for run in own.values()]
+        runs.sort(key=lambda run: run.settings.seed)  # seeds are completed one after another
+        common.run_all(runs, args.jobs)
 
     rows = []
-    for changed, own in scan:
-        for model in args.models:
-            seeds = compare.complete_seeds(own, model, METHODS, args.seeds)
-            if not seeds:
-                continue
-            without = [compare.read_top1(own[model, "no mixing", seed]) for seed in seeds]
-            area = [compare.read_top1(own[model, "area", seed]) for seed in seeds]
-            row = [model, changed.images, changed.passes, f"{changed.mix_prob:.0%}"]
-            row += [f"{changed.clutter:g}", f"{statistics.fmean(without):.2f}"]
-            row += [f"{statistics.fmean(area):.2f}", common.show_difference(area, without)]
-            rows.append([*row, len(seeds)])
+    for (changed, runs), model in itertools.product(scan, args.models):
+        results = compare.read_results(runs, model, METHODS, args.seeds)
+        if not results["area"]:
+            continue
+        (_, without, _), (_, area, difference) = common.make_rows(
+            compare.values_of(results), "no mixing"
+        )
+        row = [model, changed.images, changed.passes, f"{changed.mix_prob:.0%}"]
+        row += [f"{changed.clutter:g}", without, area, difference, len(results["area"])]
+        rows.append(row)
     header = ["model", "images", "passes", "mixed", "clutter", "no mixing", "area"]
     text = common.markdown_table([*header, "area - no mixing", "seeds"], rows)
     text += f"\nTop-1 in percent; {args.data}, batches of {args.batch_size}.\n"

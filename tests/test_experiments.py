@@ -406,7 +406,7 @@ def test_what_goes_twice_as_far_beyond_the_area_is_fitted_by_a_half():
 
 
 def test_a_paired_interval_is_students():
-    mean, half = common.paired_interval([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    mean, half = common.interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(2.4843, abs=1e-3)
     assert common.show([1.0, 2.0, 3.0]) == "2.00 ± 2.48" and common.show([1.5]) == "1.50"
     assert common.show_difference([2.0, 4.0, 6.0], [1.0, 2.0, 3.0]) == "+2.00 ± 2.48"

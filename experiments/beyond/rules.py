@@ -23,7 +23,8 @@ depends on what stands in for a source that is taken away, the mean patch or oth
 known objects of the built-in images. ± is half of a 95 % interval over seeds.
 """
 
-import statistics
+import functools
+import itertools
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -219,55 +220,32 @@ def rule_loss(model, images, targets, mask, rand, args):
 # Training.
 
 
-def make_jobs(args):
-    """{(model, target, seed): (folder, settings, args)}."""
+def make_runs(args):
+    """{(model, target, seed): common.Run}."""
     name = f"rules-{Path(args.data).resolve().name}-{args.images}x{args.passes}x{args.epochs}"
     name += f"-batch{args.batch_size}"
-    jobs = {}
-    for seed in range(args.seeds):
-        datasets = open_datasets(args, seed)
-        for model in args.models:
-            for target in args.targets:
-                folder = Path(args.runs, name, f"{model}-{target}-{seed}")
-                settings = common.make_settings(
-                    args, datasets, MODELS[model][1], seed, folder, targets=target, compile=False
-                )
-                settings.model = model
-                jobs[model, target, seed] = (folder, settings, args)
-    return jobs
+    runs = {}
+    for seed, model, target in itertools.product(range(args.seeds), args.models, args.targets):
+        open_own = functools.partial(compare.open_datasets, args, seed)
+        out = f"{args.runs}/{name}/{model}-{target}-{seed}"
+        changes = {"targets": target, "compile": False}
+        settings = common.make_settings(args, open_own(), MODELS[model][1], seed, out, **changes)
+        settings.model = model
+        runs[model, target, seed] = common.Run(settings, open_own, train_run)
+    return runs
 
 
-def open_datasets(args, seed):
-    datasets = compare.open_images(args.data, args.root, clutter=0.0)
-    return common.choose_images(datasets, args, seed)
-
-
-def make_model(settings, datasets):
+def make_model(run):
+    settings = run.settings
     torch.manual_seed(settings.seed)
     make, _ = MODELS[settings.model]
     sizes = {"img_size": settings.img_size, "patch_size": settings.patch_size}
-    return make(num_classes=len(datasets.classes), **sizes)
+    return make(num_classes=len(run.open_datasets().classes), **sizes)
 
 
-def train_job(job):
-    _, settings, args = job
-    datasets = open_datasets(args, settings.seed)
-    loss = rule_loss if settings.targets in ("norm", "parts") else train.mixed_loss
-    common.train_run(settings, datasets, loss, make_model(settings, datasets))
-
-
-def is_done(job):
-    _, settings, args = job
-    return common.is_finished(settings, open_datasets(args, settings.seed))
-
-
-def make_accuracy_rows(top1):
-    """A row per target: the mean, and the difference to the area. top1: {target: a list}."""
-    rows = []
-    for target, values in top1.items():
-        difference = "" if target == "area" else common.show_difference(values, top1["area"])
-        rows.append([target, f"{statistics.fmean(values):.2f}", difference])
-    return rows
+def train_run(run):
+    loss = rule_loss if run.settings.targets in ("norm", "parts") else train.mixed_loss
+    return common.train_and_evaluate(run, loss, make_model(run))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -290,15 +268,14 @@ def measure_influence(model, mixed, mask, blanks):
     return mixing_ratio.influence(model, mixed, owners, blanks)[:, 1]
 
 
-def look(job, num_mixes):
+def look(run, num_mixes):
     """The shares and the truths of a run's model, {rule: (n,)} and {truth: (n,)}. Every run is
     shown the same mixes."""
-    _, settings, args = job
-    datasets = open_datasets(args, settings.seed)
-    model = common.load_run(settings, datasets, make_model(settings, datasets))
-    n = min(num_mixes, len(datasets.val)) // 2 * 2
-    crops = [data.center_crop(datasets.val[i][0], settings.img_size) for i in range(n)]
-    images = data.normalize(torch.stack(crops)).to(settings.device)
+    settings, val = run.settings, run.open_datasets().val
+    model = common.load_model(run, make_model(run))
+    n = min(num_mixes, len(val)) // 2 * 2
+    crops = common.center_crops(val, range(n), settings.img_size)
+    images = data.normalize(crops).to(settings.device)
     rand = data.uniform((n, 3), "rules").to(settings.device)
     mask = tl_align.cutmix_mask(rand, images.shape[-2:], settings.patch_size)
     mixed = tl_align.mix(images, mask)
@@ -307,8 +284,8 @@ def look(job, num_mixes):
         "mean patch": measure_influence(model, mixed, mask, [mean_patch]),
         "other images": measure_influence(model, mixed, mask, choose_others(images)),
     }
-    if args.data == "shapes":
-        objects = data.shapes(data.SHAPES_VAL, "val")[2][datasets.val.indices[:n], None]
+    if settings.data == "shapes":
+        objects = data.shapes(data.SHAPES_VAL, "val")[2][val.indices[:n], None]
         truths["objects"] = oracle.object_share(objects.to(mask), mask)[:, 0]
     return predict_shares(model, mixed, mask), truths
 
@@ -334,7 +311,7 @@ def make_error_rows(looks):
 
 def main():
     parser = common.make_parser(__doc__)
-    parser.set_defaults(models=list(MODELS))
+    parser.set_defaults(models=list(MODELS), clutter=0.0)
     add = parser.add_argument
     add("--targets", nargs="+", default=["area", *RULES], choices=["area", *RULES])
     add("--mixes", type=train.number(int, 10), default=600, help="mixed images to look at [600]")
@@ -343,17 +320,15 @@ def main():
     if unknown:
         raise data.UserError(f"--models {' '.join(unknown)}: expected some of {', '.join(MODELS)}")
     args.targets = list(dict.fromkeys(["area", *args.targets]))
-    jobs = make_jobs(args)
-    common.run_jobs(train_job, list(jobs.values()), args.jobs, is_done)
+    runs = make_runs(args)
+    common.run_all(runs.values(), args.jobs)
 
     accuracy, errors = [], []
     for model in args.models:
-        top1 = {}
-        for target in args.targets:
-            folders = [jobs[model, target, seed][0] for seed in range(args.seeds)]
-            top1[target] = [common.read_metrics(folder)[-1]["val_top1"] for folder in folders]
-        accuracy += [[model, *row] for row in make_accuracy_rows(top1)]
-        looks = [look(jobs[model, "area", seed], args.mixes) for seed in range(args.seeds)]
+        results = compare.read_results(runs, model, args.targets, args.seeds)
+        rows = common.make_rows(compare.values_of(results), "area")
+        accuracy += [[model, *row] for row in rows]
+        looks = [look(runs[model, "area", seed], args.mixes) for seed in range(args.seeds)]
         errors += [[model, *row] for row in make_error_rows(looks)]
     text = common.markdown_table(["model", "target", "top-1 %", "difference to area"], accuracy)
     header = ["model", "rule", *(f"error: {truth}" for truth in looks[0][1])]

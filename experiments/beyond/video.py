@@ -13,8 +13,8 @@ seed. Second: how far the shares that rules assign to the pasted clip are from i
 `mixing_ratio.py`), in models trained with the area target.
 """
 
-import argparse
 import functools
+import itertools
 import sys
 from pathlib import Path
 
@@ -117,43 +117,30 @@ class ClipLoader(data.InMemoryLoader):
             yield self.images[index], self.targets[index]
 
 
-def train_job(job):
-    """Train a run with the steps of `train.train`, whose loader would crop the clips."""
-    folder, settings, args = job
-    datasets = make_datasets(args, settings.seed)
+def train_run(run):
+    """Train with the steps of `train.train`, whose loader would crop the clips. A run that was
+    stopped starts again."""
+    settings, datasets = run.settings, run.open_datasets()
     trainer = train.Trainer(settings, train.build_model(settings, len(STEPS)), clip_loss)
     loader = ClipLoader(datasets.train, settings, trainer.share)
     progress = train.Progress()
-
-    def save():
-        trainer.save(folder / "last.pt", progress, train.run_identity(settings, datasets))
-
+    identity = train.run_identity(settings, datasets)
     with train.StopRequest() as stop:
-        train.train_one_epoch(trainer, loader, progress, stop, save)
+        train.train_one_epoch(trainer, loader, progress, stop, save=lambda: None)
     if stop.signal:
         sys.exit(128 + stop.signal)
+    trainer.save(Path(settings.out, "last.pt"), progress, identity)
     val_loader = data.make_val_loader(datasets.val, settings)
-    top1, top5 = train.evaluate(trainer.eval_model, val_loader, settings)
-    train.end_epoch(progress, top1, top5, len(loader), settings)
-    save()
+    top1, _ = train.evaluate(trainer.eval_model, val_loader, settings)
+    return {"top1": top1}
 
 
-def is_done(job):
-    _, settings, args = job
-    return common.is_finished(settings, make_datasets(args, settings.seed))
-
-
-def read_top1(job):
-    checkpoint = train.load_checkpoint(job[0] / "last.pt")
-    return checkpoint["progress"]["best_top1"]
-
-
-def look(job, num_mixes):
+def look(run, num_mixes):
     """As `rules.look`: the shares by each rule, and the influence."""
-    _, settings, args = job
-    datasets = make_datasets(args, settings.seed)
-    model = common.load_run(settings, datasets)
-    clips = data.normalize(datasets.val.tensors[0][: num_mixes // 2 * 2].to(settings.device))
+    settings = run.settings
+    model = common.load_model(run)
+    clips = run.open_datasets().val.tensors[0][: num_mixes // 2 * 2]
+    clips = data.normalize(clips.to(settings.device))
     mask = cutmix_mask(data.uniform((len(clips), 4), "video").to(settings.device))
     mixed = tl_align.mix(clips, mask)
     mean_patch = mixing_ratio.mean_patch(clips, settings.patch_size)
@@ -161,43 +148,30 @@ def look(job, num_mixes):
     return rules.predict_shares(model, mixed, mask), {"influence": influence}
 
 
-def make_parser():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    count = train.number(int, 2)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--images", type=count, default=500, help="training clips of a seed [500]")
-    add("--val-images", type=count, default=1000, help="validation clips [1000]")
-    add("--passes", type=train.number(int, 1), default=60, help="over the clips [60]")
-    add("--batch-size", type=count, default=50)
-    add("--seeds", type=train.number(int, 1), default=3, help="number of seeds, from 0 [3]")
-    add("--mixes", type=count, default=500, help="mixed clips to look at [500]")
-    add("--jobs", type=train.number(int, 0), help="side by side; 0: none in a process of its own")
-    add("--device", default=device, choices=["cpu", "cuda"])
-    add("--runs", default="runs/experiments", help="folder of runs and results")
-    parser.set_defaults(data="clips", root="", epochs=1)  # for `common.make_settings`
-    return parser
+def make_runs(args):
+    """{("", method, seed): common.Run}."""
+    runs = {}
+    for seed, method in itertools.product(range(args.seeds), METHODS):
+        out = f"{args.runs}/clips-{args.images}x{args.passes}/{method}-{seed}"
+        open_own = functools.partial(make_datasets, args, seed)
+        settings = common.make_settings(args, open_own(), "vit_micro", seed, out, **METHODS[method])
+        runs["", method, seed] = common.Run(settings, open_own, train_run)
+    return runs
 
 
 def main():
-    args = make_parser().parse_args()
-    jobs = {}
-    for seed in range(args.seeds):
-        datasets = make_datasets(args, seed)
-        for method, changes in METHODS.items():
-            folder = Path(args.runs, f"clips-{args.images}x{args.passes}", f"{method}-{seed}")
-            settings = common.make_settings(args, datasets, "vit_micro", seed, folder, **changes)
-            jobs[method, seed] = (folder, settings, args)
-    common.run_jobs(train_job, list(jobs.values()), args.jobs, is_done)
+    parser = common.make_parser(__doc__, any_data=False)
+    parser.add_argument("--mixes", type=train.number(int, 2), default=500, help="to look at [500]")
+    parser.set_defaults(images=500, val_images=1000, passes=60, batch_size=50)
+    parser.set_defaults(data="clips", root="", epochs=1)  # for `common.make_settings`
+    args = parser.parse_args()
+    runs = make_runs(args)
+    common.run_all(runs.values(), args.jobs)
 
-    top1 = {}
-    for method in METHODS:
-        top1[method] = [read_top1(jobs[method, seed]) for seed in range(args.seeds)]
-    rows = rules.make_accuracy_rows(top1)
+    results = compare.read_results(runs, "", METHODS, args.seeds)
+    rows = common.make_rows(compare.values_of(results), "area")
     text = common.markdown_table(["trained with", "top-1 %", "difference to area"], rows)
-    looks = [look(jobs["area", seed], args.mixes) for seed in range(args.seeds)]
+    looks = [look(runs["", "area", seed], args.mixes) for seed in range(args.seeds)]
     rows = rules.make_error_rows(looks)
     text += "\n" + common.markdown_table(["rule", "error of the share"], rows)
     text += f"\n{args.mixes} mixes; {args.seeds} seeds. {compare.describe(args)}\n"

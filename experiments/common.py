@@ -211,6 +211,8 @@ def do_run(run, number):
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
             result = run.do(run)
     except SystemExit:  # of training that was asked to stop
+        if multiprocessing.parent_process() is None:
+            raise KeyboardInterrupt from None
         data.kill_workers()
         os._exit(1)  # a process of the pool would go on with the next run
     if train.get_rank() == 0:

@@ -66,9 +66,9 @@ class Detector(nn.Module):
             "box_head": TwoMLPHead(width * 7 * 7, 4 * width),
             "box_predictor": FastRCNNPredictor(4 * width, num_classes + 1),  # and the background
         }
-        if settings.size < dense.LARGE_SIZE:  # a sixteenth of the boxes that torchvision takes
+        if settings.size <= data.SMALL_SIZE:  # a sixteenth of the boxes that torchvision takes
             options["rpn_post_nms_top_n_train"] = 125
-            options["rpn_post_nms_top_n_test"] = 60
+            options["rpn_post_nms_top_n_test"] = 62
             options["box_batch_size_per_image"] = 32
         if has_masks:
             options["mask_head"] = MaskRCNNHeads(width, [width] * 4, dilation=1)

@@ -620,16 +620,18 @@ def test_processes_share_a_fine_tuning(start, tmp_path, checkpoint):
     assert "| swin_micro |" in (tmp_path / "runs" / "segmentation.md").read_text()
 
 
-def test_ctrl_c_ends_a_run_whose_workers_are_starting(start, tmp_path, checkpoint):
+@pytest.mark.parametrize("jobs", [0, 1])
+def test_ctrl_c_ends_a_run_whose_workers_are_starting(start, tmp_path, checkpoint, jobs):
     write_masks(tmp_path / "set")
     words = ["--data", "set", "--size", 64, "--steps", 10_000, "--batch-size", 4, "--runs", "runs"]
-    words += ["--workers", 1, "--jobs", 1]
+    words += ["--workers", 1, "--jobs", jobs]
     run = start_script(start, "segmentation", 1, checkpoint("vit_micro"), *words)
     while not list(tmp_path.glob("runs/*/*/config.json")):  # written before workers start
         assert run.poll() is None, run.log.read_text()
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGINT)
     assert run.wait(timeout=60) == 130, run.log.read_text()
+    assert run.log.read_text().endswith("stopped: the same command continues\n")
     assert "Traceback" not in run.log.read_text()
 
 

@@ -851,9 +851,16 @@ def evaluate(model, loader, args):
     return round(100 * top1 / total, 3), round(100 * top5 / total, 3)
 
 
-def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
+def train(
+    args,
+    datasets,
+    model,
+    loss=mixed_loss,
+    checkpoint=None,
+    make_loader=data.make_train_loader,
+):
     """Train a model, from the start or from a checkpoint of `find_checkpoint`, and write its run
-    to the folder --out."""
+    to the folder --out. loss: like `mixed_loss`. make_loader: like `data.make_train_loader`."""
     out = Path(args.out)
     identity = run_identity(args, datasets)
     trainer = Trainer(args, model, loss)
@@ -866,7 +873,7 @@ def train(args, datasets, model, loss=mixed_loss, checkpoint=None):
         print0(f"{out} is finished: best top-1 {progress.best_top1:.2f} %")
         return
     prepare_folder(out, args, is_new=checkpoint is None)
-    loader = data.make_train_loader(datasets.train, args, trainer.share)
+    loader = make_loader(datasets.train, args, trainer.share)
     val_loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
     num_parameters = sum(p.numel() for p in model.parameters())
     print0(
@@ -937,21 +944,21 @@ def prepare_folder(out, args, is_new):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else [str(word) for word in argv]
+    run_script(run, argv)
+
+
+def run_script(function, *args):
+    """Call a function. A UserError ends the process with status 2 and one line."""
     try:
-        run(argv)
+        function(*args)
     except UserError as error:
-        exit_with(error)
+        message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(10)  # torchrun ends this process if the first one has the same error
+        print("error:", " ".join(message.split()), file=sys.stderr)
+        sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def exit_with(error):
-    """End the process with status 2 and one line, the message of a UserError."""
-    message = str(error).split("UserError: ")[-1]  # from a worker, it follows a traceback
-    if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # torchrun ends this process if the first one has the same error
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(2)
 
 
 def run(argv):

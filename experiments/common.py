@@ -1,7 +1,7 @@
-"""What the experiments share: runs side by side, each done once, and how results are shown.
+"""Shared by the experiments: runs in parallel, predictions, statistics and tables.
 
-A run has a folder of its own under --runs. The same command continues where it was stopped: a
-finished run is not repeated, and one with other settings or images is never taken for it.
+A run has a folder of its own under --runs. The same command continues where it was stopped:
+finished runs are skipped, and a folder that holds another run is an error.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,46 +23,56 @@ import torch
 from torch.utils.data import Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for all experiments
-import data  # noqa: E402
-import train  # noqa: E402
-from data import UserError  # noqa: E402
+import data
+import train
+from data import UserError
 
 # ------------------------------------------------------------------------------------------------
 # The command line.
 
 
-def make_parser(doc, any_data=True):
-    """A parser of the flags that most experiments have. Change their defaults by `set_defaults`.
-    any_data: whether the images and the models can be chosen."""
-    parser = train.Parser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def make_parser(doc):
+    """A parser of the flags that all experiments with runs have."""
+    style = argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(description=doc, formatter_class=style, allow_abbrev=False)
     add = parser.add_argument
-    count = train.number(int, 1)
-    count_or_all = train.number(int, 0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if any_data:
-        add("--data", default="shapes", help="as for train.py [shapes]")
-        add("--root", default="data", help="folder of torchvision's datasets [data]")
-        add("--models", nargs="+", default=["vit_micro", "swin_micro"], help="[both micro models]")
-        add("--epochs", type=count, default=1, help="each ends with an evaluation [1]")
-    add("--images", type=count_or_all, default=60, help="training images of a seed; 0: all [60]")
-    add("--passes", type=count, default=100, help="over the images in each epoch [100]")
-    add("--batch-size", type=count, default=30, help="[30]")
-    add("--val-images", type=count_or_all, default=0, help="0: all [0]")
-    add("--seeds", type=count, default=3, help="number of seeds, from 0 [3]")
-    add("--jobs", type=train.number(int, 0), help="side by side; 0: none in a process of its own")
+    add("--seeds", type=train.number(int, 1), default=3, help="number of seeds [%(default)s]")
+    add("--jobs", type=train.number(int, 0), help="processes; 0: one run after another in this one")
     add("--device", default=device, choices=["cpu", "cuda"])
     add("--runs", default="runs/experiments", help="folder of runs and results")
     return parser
 
 
+def make_image_parser(doc):
+    """The same, and the flags of experiments that train on few images."""
+    parser = make_parser(doc)
+    add = parser.add_argument
+    count = train.number(int, 1)
+    count_or_all = train.number(int, 0)
+    add("--data", default="shapes", help="as for train.py [%(default)s]")
+    add("--root", default="data", help="folder of torchvision's datasets [%(default)s]")
+    add("--models", nargs="+", default=["vit_micro", "swin_micro"], help="%(default)s")
+    add("--images", type=count_or_all, default=60, help="for training; 0: all [%(default)s]")
+    add("--passes", type=count, default=100, help="over the images [%(default)s]")
+    add("--batch-size", type=count, default=30, help="[%(default)s]")
+    add("--val-images", type=count_or_all, default=0, help="0: all [%(default)s]")
+    return parser
+
+
+def describe(args):
+    """What was trained, for below a table."""
+    return (
+        f"{args.seeds} seeds. {args.passes} passes over {args.images or 'all'} training images of "
+        f"{args.data} in batches of {args.batch_size}; validation images: "
+        f"{args.val_images or 'all'}; torch {torch.__version__}, {args.device}."
+    )
+
+
 def main(function):
-    """Run a script. What the user gave and cannot be used ends it in one line and status 2."""
+    """Run a script. A UserError ends it with status 2 and one line."""
     try:
-        function()
-    except UserError as error:
-        train.exit_with(error)
+        train.run_script(function)
     except KeyboardInterrupt:
         print("stopped: the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -72,8 +82,19 @@ def main(function):
 # Runs.
 
 
+class Run(NamedTuple):
+    """A run of an experiment, in the folder settings.out. All of it can be pickled."""
+
+    settings: argparse.Namespace  # as train.py has them
+    open_datasets: Callable  # returns a data.Datasets
+    function: Callable  # function(run) trains, and returns a dict of results
+
+
 def choose(dataset, num_images, *name):
-    """The indices of images chosen at random, by a generator of that name; 0 chooses all."""
+    """The indices of images chosen at random, by a generator of that name; 0 chooses all. Raises
+    UserError if there are not as many."""
+    if num_images > len(dataset):
+        raise UserError(f"there are {len(dataset)} images, not the {num_images} asked for")
     order = torch.randperm(len(dataset), generator=data.generator("chosen", *name)).tolist()
     return order[: num_images or None]
 
@@ -97,10 +118,10 @@ def make_settings(args, datasets, model, seed, out, **changes):
     """
     if model not in train.MODELS:
         raise UserError(f"--models {model}: expected some of {', '.join(train.MODELS)}")
-    words = ["--data", args.data, "--root", args.root, "--model", model]
-    words += ["--seed", str(seed), "--device", args.device, "--out", str(out)]
-    settings = train.parse_args(words)
-    settings.epochs = args.epochs
+    argv = ["--data", args.data, "--root", args.root, "--model", model]
+    argv += ["--seed", str(seed), "--device", args.device, "--out", out]
+    settings = train.parse_args(argv)
+    settings.epochs = 1
     settings.batch_size = args.batch_size
     settings.mix_prob = 1.0
     image_size = data.median_size(datasets.train)
@@ -112,49 +133,59 @@ def make_settings(args, datasets, model, seed, out, **changes):
     return settings
 
 
-class Run(NamedTuple):
-    """A run of an experiment, in the folder settings.out. All of it can be pickled."""
-
-    settings: argparse.Namespace  # as train.py has them
-    open_datasets: Callable  # returns a data.Datasets
-    do: Callable  # do(run) trains, and returns a dict of results
-
-
 def read_result(run):
-    """The results of a run, or None if it is not finished. Raises UserError if what its folder
-    holds is another run."""
+    """The results of a run, or None if it is not finished. Raises UserError if its folder holds
+    another run."""
     path = Path(run.settings.out, "result.json")
     if not path.exists():
         return None
     result = json.loads(path.read_text())
-    try:
+    with another_runs_folder():
         train.check_same_run(run.settings, run.open_datasets(), result)
-    except UserError as error:
-        raise UserError(f"{error}; in an experiment, give another --runs") from error
     return result
 
 
-def train_model(run, loss=train.mixed_loss, model=None):
-    """Train the model of a run, or go on with it. Returns it in evaluation mode."""
+def find_checkpoint(run):
+    """The last checkpoint of a run, or None. Raises UserError if its folder holds another run."""
+    with another_runs_folder():
+        return train.find_checkpoint(run.settings, run.open_datasets())
+
+
+@contextmanager
+def another_runs_folder():
+    """Tell what to do, in an experiment, if a folder holds another run."""
+    try:
+        yield
+    except UserError as error:
+        reason, *_ = str(error).split(";")
+        raise UserError(f"{reason}; give another --runs") from error
+
+
+def read_results(runs, model, names, num_seeds, key="top1"):
+    """A result of finished runs, {name: a list over seeds}. runs: {(model, name, seed): Run}."""
+    return {
+        name: [read_result(runs[model, name, seed])[key] for seed in range(num_seeds)]
+        for name in names
+    }
+
+
+def train_and_evaluate(run, loss=train.mixed_loss, model=None, make_loader=data.make_train_loader):
+    """Train the model of a run, or resume it. Returns its accuracy and calibration in percent.
+
+    loss, make_loader: as for `train.train`. model: by default the one of the settings.
+    """
     settings, datasets = run.settings, run.open_datasets()
     if model is None:
         model = train.build_model(settings, len(datasets.classes))
     lock = train.lock_folder(settings.out)
-    checkpoint = train.find_checkpoint(settings, datasets)
+    checkpoint = find_checkpoint(run)
     if settings.finetune and checkpoint is None:
         train.load_weights(model, settings.finetune, datasets.classes, new_head=True)
-    train.train(settings, datasets, model, loss, checkpoint)
+    train.train(settings, datasets, model, loss, checkpoint, make_loader)
     lock.close()
-    return model.eval()
-
-
-def train_and_evaluate(run, loss=train.mixed_loss, model=None):
-    """Train the model of a run. Returns its accuracy and calibration after the last epoch."""
-    model = train_model(run, loss, model)
-    metrics = Path(run.settings.out, "metrics.jsonl").read_text().splitlines()
-    logits, targets = predict(model, run.open_datasets().val, run.settings)
+    logits, targets = predict(model.eval(), datasets.val, settings)
     return {
-        "top1": json.loads(metrics[-1])["val_top1"],
+        "top1": accuracy(logits, targets),
         "calibration_error": calibration_error(logits, targets),
     }
 
@@ -176,7 +207,7 @@ def run_all(runs, num_processes=None):
     """Do all runs that are not finished, in their order; what they print goes to their log.txt.
 
     num_processes: how many processes, with one thread each, take runs side by side; None: one per
-        core, or five on a GPU; 0: this process does all.
+        core, or five on a GPU, which small models leave idle; 0: this process does all.
     """
     todo = [run for run in runs if read_result(run) is None]
     print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
@@ -203,13 +234,13 @@ def run_all(runs, num_processes=None):
             raise
 
 
-def do_run(run, number):
-    """Do a run, and write its result.json. number: of the run, to be printed."""
+def do_run(run, progress):
+    """Do a run, and write its result.json. progress: to be printed, such as "3/24"."""
     folder = Path(run.settings.out)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            result = run.do(run)
+            result = run.function(run)
     except SystemExit:  # of training that was asked to stop
         if multiprocessing.parent_process() is None:
             raise KeyboardInterrupt from None
@@ -218,7 +249,7 @@ def do_run(run, number):
     if train.get_rank() == 0:
         identity = train.run_identity(run.settings, run.open_datasets())
         train.write_text(folder / "result.json", json.dumps({**identity, **result}))
-        print(f"{number} {folder}", flush=True)
+        print(f"{progress} {folder}", flush=True)
 
 
 def begin_process():
@@ -235,7 +266,7 @@ def end_with_parent():
 
 
 # ------------------------------------------------------------------------------------------------
-# What models answer.
+# Predictions.
 
 
 def center_crops(dataset, indices, size):
@@ -255,6 +286,11 @@ def predict(model, dataset, settings):
     return torch.cat(logits), torch.cat(targets)
 
 
+def accuracy(logits, targets):
+    """Top-1 in percent."""
+    return round(100 * (logits.argmax(1) == targets).float().mean().item(), 3)
+
+
 def calibration_error(logits, targets, num_bins=15):
     """The expected calibration error in percent (Naeini et al. 2015): how far accuracy is from
     confidence, in bins of equal width of the confidence, weighted by their images."""
@@ -268,25 +304,21 @@ def calibration_error(logits, targets, num_bins=15):
 # ------------------------------------------------------------------------------------------------
 # Intervals, tables and charts.
 
-# The 97.5 % point of Student's t for 1, 2, ... degrees of freedom.
-STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]
-
-
-def student(degrees):
-    """The 97.5 % point of Student's t; from ten degrees of freedom on its series, to 0.003."""
-    if degrees <= len(STUDENT):
-        return STUDENT[degrees - 1]
-    z = 1.959964  # of the normal distribution
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+# The 97.5 % point of Student's t for 1 to 30 degrees of freedom.
+STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
+STUDENT += [2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086]
+STUDENT += [2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042]
 
 
 def interval(values):
-    """The mean and half of its 95 % interval, nan for a single value."""
+    """The mean and half of its 95 % interval, nan for a single value. From 32 values on it is a
+    little wider than need be."""
     n = len(values)
     mean = statistics.fmean(values)
     if n < 2:
         return mean, math.nan
-    return mean, student(n - 1) * statistics.stdev(values) / math.sqrt(n)
+    t = STUDENT[min(n - 1, 30) - 1]
+    return mean, t * statistics.stdev(values) / math.sqrt(n)
 
 
 def show(values, digits=2, sign=""):
@@ -315,7 +347,7 @@ def markdown_table(header, rows):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def write_results(name, text, folder="runs/experiments"):
+def write_results(name, text, folder):
     """Print a text in Markdown and write it to folder/NAME.md."""
     path = Path(folder, f"{name}.md")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,21 +1,21 @@
-"""Which target for a mixed image trains the better model? (the paper's Table 1)
+"""Which target for a mixed image trains the better model? (the paper's main claim)
 
     python experiments/compare.py                          # built-in images, minutes on a CPU
     python experiments/compare.py --seeds 24               # the published table, an hour
-    python experiments/compare.py --seeds 24 --table       # of the seeds that are complete so far
     python experiments/compare.py --data cifar10 --images 100 --batch-size 50 --seeds 24
 
 No mixing, and CutMix with these targets: the area; TransMix (ViT only); TL-Align; and the share of
 the object pixels that the mix shows, which is known for the built-in images: no rule for labels can
 be expected to do better than this oracle. A seed draws the training images and gives every method
-the same images, start, order, crops and boxes, so each is held against the area seed by seed. ±
-is half of a 95 % interval over seeds. Accuracy and expected calibration error are those after the
-last epoch. "Part of the ceiling" is a method's gain over the area as a part of the oracle's, with a
-95 % interval by bootstrap over seeds, where the oracle's gain is told from zero.
+the same images, start, order, crops and boxes, so differences to the area are paired by seed. ± is
+half of a 95 % interval over seeds. "Part of the ceiling" is a method's gain over the area as a part
+of the oracle's, with a 95 % interval by bootstrap over seeds, if the oracle's gain is significantly
+above zero.
 """
 
 import functools
 import itertools
+import math
 from pathlib import Path
 
 import torch
@@ -40,9 +40,12 @@ METHODS = {
 }
 
 
+PAIR = ("area", "TL-Align")  # what other experiments compare
+
+
 def make_parser(doc):
     """The flags of all experiments on models that are trained here."""
-    parser = common.make_parser(doc)
+    parser = common.make_image_parser(doc)
     share = train.number(float, 0, 1)
     parser.add_argument("--mix-prob", type=share, default=1.0, help="share that is mixed [1]")
     parser.add_argument(
@@ -89,24 +92,23 @@ def add_clutter(images, amount, part):
 
 
 def make_runs(args, methods):
-    """The runs of --models and methods with every seed, {(model, method, seed): common.Run}.
-    Seeds are completed one after another."""
-    name = f"{Path(args.data).resolve().name}-{args.images}x{args.passes}x{args.epochs}"
-    name += f"-batch{args.batch_size}-mix{args.mix_prob:g}-clutter{args.clutter:g}"
+    """The runs of --models and methods with every seed, {(model, method, seed): common.Run}."""
+    folder = f"{Path(args.data).resolve().name}-{args.images}x{args.passes}"
+    folder += f"-batch{args.batch_size}-mix{args.mix_prob:g}-clutter{args.clutter:g}"
     runs = {}
     for seed, model, method in itertools.product(range(args.seeds), args.models, methods):
         if method == "TransMix" and model.startswith("swin"):
             continue  # without a class token
         if method == ORACLE and args.data != "shapes":
             continue
-        changes = {"method": method, "mix_prob": args.mix_prob, **METHODS[method]}
-        for flag in ("images", "passes", "clutter"):  # they tell runs from each other, too
-            changes[flag] = getattr(args, flag)
         method_name = method.split(" (")[0].replace(" ", "-")
-        out = f"{args.runs}/{name}/{model}-{method_name}-{seed}"
-        open_own = functools.partial(open_datasets, args, seed)
-        settings = common.make_settings(args, open_own(), model, seed, out, **changes)
-        runs[model, method, seed] = common.Run(settings, open_own, train_run)
+        out = f"{args.runs}/{folder}/{model}-{method_name}-{seed}"
+        open_run_datasets = functools.partial(open_datasets, args, seed)
+        settings = common.make_settings(
+            args, open_run_datasets(), model, seed, out, mix_prob=args.mix_prob, **METHODS[method]
+        )
+        settings.method = method  # the loss is no setting of train.py
+        runs[model, method, seed] = common.Run(settings, open_run_datasets, train_run)
     return runs
 
 
@@ -115,27 +117,10 @@ def train_run(run):
     if run.settings.method == "TransMix":
         loss = transmix_loss
     elif run.settings.method == ORACLE:
-        datasets = run.open_datasets()
-        checkpoint = train.find_checkpoint(run.settings, datasets)
+        checkpoint = common.find_checkpoint(run)
         step = 0 if checkpoint is None else checkpoint["progress"]["step"]
-        loss = ObjectLoss(datasets.train.indices, run.settings, step)
+        loss = ObjectLoss(run.open_datasets().train.indices, run.settings, step)
     return common.train_and_evaluate(run, loss)
-
-
-def read_results(runs, model, methods, num_seeds):
-    """{method: a list of results}, of the seeds with which the runs of all methods are done."""
-    results = {method: [] for method in methods}
-    for seed in range(num_seeds):
-        found = [common.read_result(runs[model, method, seed]) for method in methods]
-        if all(found):
-            for method, result in zip(methods, found, strict=True):
-                results[method].append(result)
-    return results
-
-
-def values_of(results, key="top1"):
-    """{method: a list of numbers}. results: from `read_results`."""
-    return {method: [result[key] for result in own] for method, own in results.items()}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -144,9 +129,9 @@ def values_of(results, key="top1"):
 
 def part_of(gains, ceiling, resamples=10_000):
     """The mean gain as a part of the mean gain of the ceiling, in percent, with its 95 % interval
-    by bootstrap over seeds, as text; empty if the ceiling's gain is not told from zero."""
+    by bootstrap over seeds, as text; empty if the ceiling's gain is not significantly above 0."""
     mean, half = common.interval(ceiling)
-    if not mean - half > 0:
+    if math.isnan(half) or mean <= half:
         return ""
     gains, ceiling = torch.tensor(gains), torch.tensor(ceiling)
     drawn = torch.randint(
@@ -157,51 +142,30 @@ def part_of(gains, ceiling, resamples=10_000):
     return f"{100 * gains.mean() / ceiling.mean():.0f} % ({low:.0f} to {high:.0f})"
 
 
-def make_rows(results):
-    """A row for each method. results: from `read_results`."""
-    top1, errors = values_of(results), values_of(results, "calibration_error")
-    rows = common.make_rows(top1, "area")
-    for row in rows:
-        method = row[0]
-        part = ""
-        if method in ("TransMix", "TL-Align") and ORACLE in top1:
-            gains = [a - b for a, b in zip(top1[method], top1["area"], strict=True)]
-            ceiling = [a - b for a, b in zip(top1[ORACLE], top1["area"], strict=True)]
-            part = part_of(gains, ceiling)
-        row += [common.show(errors[method]), part]
-    return rows
-
-
 def main():
     parser = make_parser(__doc__)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
-    parser.add_argument("--table", action="store_true", help="train nothing")
     args = parser.parse_args()
     methods = [name for name in METHODS if name in args.methods or name == "area"]
     runs = make_runs(args, methods)
-    if not args.table:
-        common.run_all(runs.values(), args.jobs)
+    common.run_all(runs.values(), args.jobs)
 
-    rows, complete = [], ""
+    rows = []
     for model in args.models:
-        own = [method for method in methods if (model, method, 0) in runs]
-        results = read_results(runs, model, own, args.seeds)
-        if results["area"]:
-            rows += [[model, *row] for row in make_rows(results)]
-        complete += f" {model}: {len(results['area'])} seeds."
+        own_methods = [method for method in methods if (model, method, 0) in runs]
+        top1 = common.read_results(runs, model, own_methods, args.seeds)
+        errors = common.read_results(runs, model, own_methods, args.seeds, "calibration_error")
+        for method, mean, difference in common.make_rows(top1, "area"):
+            part = ""
+            if method in ("TransMix", "TL-Align") and ORACLE in top1:
+                gains = [a - b for a, b in zip(top1[method], top1["area"], strict=True)]
+                ceiling = [a - b for a, b in zip(top1[ORACLE], top1["area"], strict=True)]
+                part = part_of(gains, ceiling)
+            rows.append([model, method, mean, difference, common.show(errors[method]), part])
     header = ["model", "method", "top-1 %", "difference to area", "calibration error %"]
     text = common.markdown_table([*header, "part of the ceiling"], rows)
-    text += f"\n{describe(args)} Mixed: {args.mix_prob:.0%}; clutter: {args.clutter:g}.{complete}\n"
+    text += f"\n{common.describe(args)} Mixed: {args.mix_prob:.0%}; clutter: {args.clutter:g}.\n"
     common.write_results("compare", text, args.runs)
-
-
-def describe(args):
-    """What was trained, for below a table."""
-    return (
-        f"{args.passes * args.epochs} passes over {args.images or 'all'} training images of "
-        f"{args.data} in batches of {args.batch_size}; validation images: "
-        f"{args.val_images or 'all'}; torch {torch.__version__}, {args.device}."
-    )
 
 
 if __name__ == "__main__":

@@ -119,10 +119,11 @@ class Step:
         return torch.cuda.max_memory_allocated() - before + own
 
 
-def make_settings(model, size, words):
+def make_settings(model, size, argv):
     """train.py's settings, with ImageNet's recipe but without RandAugment and erasing."""
-    words = ["--data=noise", "--augment=light", *words, f"--model={model}", f"--img-size={size}"]
-    settings = train.parse_args(words)
+    argv = ["--data=noise", "--augment=light", *argv, f"--model={model}", f"--img-size={size}"]
+    argv += ["--mix=cutmix"]
+    settings = train.parse_args(argv)
     train.set_default(settings, "batch_size", 256 if settings.device == "cuda" else 8)
     train.fill_defaults(settings, size, NUM_IMAGES)
     train.check_args(settings, NUM_IMAGES)
@@ -166,7 +167,7 @@ def main():
     add("--rounds", type=train.number(int, 1), default=5)
     add("--steps", type=train.number(int, 1), help="timed together [1 on the CPU, 10 on CUDA]")
     add("--out", default="runs/cost", help="folder of the table")
-    args, words = parser.parse_known_args()
+    args, argv = parser.parse_known_args()
     torch._dynamo.config.cache_size_limit = 64  # a graph for each step of `measure`
 
     header = ["model", "px", "attention", "target", "images/s", f"time / {args.forms[0]}, area"]
@@ -174,7 +175,7 @@ def main():
     rows = []
     for model in args.models:
         for size in args.sizes:
-            settings = make_settings(model, size, words)
+            settings = make_settings(model, size, argv)
             repeats = args.steps or (10 if settings.device == "cuda" else 1)
             rows += measure(settings, args.forms, args.rounds, repeats)
             memory = ["peak GiB", "memory / area"] if settings.device == "cuda" else []

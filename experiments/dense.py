@@ -2,7 +2,6 @@
 fine-tuning on the pieces of train.py, and the comparison of starting points.
 """
 
-import argparse
 import functools
 import math
 import os
@@ -32,7 +31,7 @@ from data import UserError
 # ------------------------------------------------------------------------------------------------
 # The backbone.
 
-VIT_STRIDES = (4, 8, 16, 32)  # of the maps that are made of a ViT's only one, in pixels
+VIT_STRIDES = (4, 8, 16, 32)  # in pixels, of the maps that are made from a ViT's single map
 
 
 class Backbone(nn.Module):
@@ -95,7 +94,7 @@ def swin_maps(model, images, rand):
 
 
 # ------------------------------------------------------------------------------------------------
-# Built-in scenes, with objects of the classes on which transfer.py does not train first.
+# Built-in scenes, with objects of the second half of the classes; transfer.py trains on the first.
 
 NUM_SCENES = 300  # to train on, and as many to validate on
 SCENE_SIZE = 64  # pixels
@@ -208,7 +207,7 @@ def finetune(run, model, loss, transform, score):
     out = Path(settings.out)
     identity = train.run_identity(settings, datasets)
     lock = train.lock_folder(out)
-    checkpoint = train.find_checkpoint(settings, datasets)
+    checkpoint = common.find_checkpoint(run)
     trainer = train.Trainer(settings, model, loss)
     progress = train.Progress() if checkpoint is None else trainer.load(checkpoint)
     train.check_same_step(progress.step, out)
@@ -233,7 +232,6 @@ def finetune(run, model, loss, transform, score):
 # ------------------------------------------------------------------------------------------------
 # The experiment.
 
-NUM_IMAGES = 2000  # on which transfer.py trains
 LARGE_SIZE = 256  # from this size on the recipe is that of large images
 MIN_STEPS = 150
 MICRO_LR = 2e-3  # of narrow models
@@ -241,22 +239,16 @@ MICRO_LR = 2e-3  # of narrow models
 
 def parse_args(doc):
     """The command line. Under torchrun this process joins the others. Raises UserError."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = train.Parser(description=doc, formatter_class=style, allow_abbrev=False)
+    parser = common.make_parser(doc)
     add = parser.add_argument
-    count, count_or_none = train.number(int, 1), train.number(int, 0)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--data", default="scenes", metavar="FOLDER", help="with annotated images [scenes]")
+    count = train.number(int, 1)
+    add("--data", default="scenes", metavar="FOLDER", help="with annotated images [%(default)s]")
     add("--checkpoints", nargs="+", metavar="FILE", help="to start from; the first: the baseline")
     add("--size", type=count, help="of the model's input in pixels [the images', at most 512]")
     add("--steps", type=count, help="of fine-tuning")
     add("--batch-size", type=count)
     add("--lr", type=train.number(float, 1e-12), help="peak learning rate")
-    add("--seeds", type=count, default=3, help="number of seeds, from 0 [3]")
-    add("--workers", type=count_or_none, default=0, help="processes that load a run's images [0]")
-    add("--jobs", type=count_or_none, help="runs side by side; 0: in this process [0 for --data]")
-    add("--device", default=device, choices=["cpu", "cuda"])
-    add("--runs", default="runs/experiments", help="folder of runs and results")
+    add("--workers", type=train.number(int, 0), default=0, help="for the images of a run [0]")
     args = parser.parse_args()
     if args.data != "scenes" and not args.checkpoints:
         raise UserError("--data needs --checkpoints FILE ..., the models to start from")
@@ -278,18 +270,18 @@ def find_starts(args):
     model is the baseline. Without --checkpoints they are those of transfer.py, trained here."""
     if args.checkpoints:
         return {("", path): [path] * args.seeds for path in args.checkpoints}
-    words = ["--images", str(NUM_IMAGES), "--device", args.device, "--runs", args.runs]
-    flags = transfer.make_parser("").parse_args(words)
+    first_args = transfer.make_parser("").parse_args(["--device", args.device, "--runs", args.runs])
     starts = {}
     runs = []
-    for model in flags.models:
-        for method in transfer.TRAINED:
-            own = [
-                transfer.make_first_run(flags, model, seed, method) for seed in range(args.seeds)
-            ]
-            starts[model, method] = [f"{run.settings.out}/last.pt" for run in own]
-            runs += own
-        starts[model, "from scratch"] = starts[model, method]  # for the kind of model
+    for model in first_args.models:
+        for method in compare.PAIR:
+            starts[model, method] = []
+            for seed in range(args.seeds):
+                run = transfer.make_first_run(first_args, model, seed, method)
+                starts[model, method].append(f"{run.settings.out}/last.pt")
+                runs.append(run)
+        # Their weights are not loaded: they only say which model to build.
+        starts[model, "from scratch"] = starts[model, "area"]
     common.run_all(runs, args.jobs)
     if train.get_world_size() > 1:
         dist.barrier()  # the first process writes the checkpoints
@@ -297,17 +289,18 @@ def find_starts(args):
 
 
 def make_settings(args, recipes, datasets, checkpoint, seed, out):
-    """The settings of a run: train.py's, and size, steps, scratch, and what else is in the recipe,
-    one of the two for small and for large images."""
+    """The settings of a run: train.py's, and size, steps, scratch, and what else is in the recipe.
+    recipes: for small and for large images."""
     num_images = len(datasets.train)
-    words = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device, "--out", out]
-    settings = train.parse_args(words)  # with the settings of the checkpoint's model
+    argv = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device, "--out", out]
+    settings = train.parse_args(argv)  # with the settings of the checkpoint's model
     settings.eval = None
     settings.finetune = checkpoint
     settings.data = args.data
     settings.workers = args.workers
     settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)
-    vars(settings).update(recipes[settings.size >= LARGE_SIZE])
+    small, large = recipes
+    vars(settings).update(large if settings.size >= LARGE_SIZE else small)
     if settings.model.endswith("micro"):
         settings.lr = MICRO_LR
     settings.lr = args.lr or settings.lr
@@ -332,36 +325,39 @@ def run(name, args, recipes, open_datasets, tune, measures):
     open_datasets(folder, seed): of --data, or scenes. tune(run): does a run. measures: {key of its
     result: title}; the first one is compared with the baseline, seed by seed.
     """
+    starts = find_starts(args)
     runs = {}
-    for (model, start), checkpoints in find_starts(args).items():
+    for (model, start), checkpoints in starts.items():
         for seed, checkpoint in enumerate(checkpoints):
             label = re.sub(r"[^\w.]+", "-", f"{model} {start} {seed}").strip("-.")
             out = f"{args.runs}/{name}-{Path(args.data).resolve().name}/{label}"
-            open_own = functools.partial(open_datasets, args.data, seed)
-            settings = make_settings(args, recipes, open_own(), checkpoint, seed, out)
+            open_run_datasets = functools.partial(open_datasets, args.data, seed)
+            settings = make_settings(args, recipes, open_run_datasets(), checkpoint, seed, out)
             settings.scratch = start == "from scratch"
-            runs[model, start, seed] = common.Run(settings, open_own, tune)
+            runs[model, start, seed] = common.Run(settings, open_run_datasets, tune)
     common.run_all(runs.values(), args.jobs)
-    if train.get_rank() == 0:
-        first, *others = measures.values()
-        header = ["model", "start", first, "difference to the baseline", *others]
-        datasets = open_own()
-        text = common.markdown_table(header, make_rows(runs, measures, args.seeds))
-        text += f"\n{settings.steps} steps of {settings.batch_size} images of {settings.size} px; "
-        text += f"{len(datasets.train)} images to train on, {len(datasets.val)} to validate; "
-        text += f"{args.seeds} seed(s), ± is half of a 95 % interval of paired differences.\n"
-        common.write_results(name, text, args.runs)
-
-
-def make_rows(runs, measures, num_seeds):
-    """A row for each start: means over seeds, and the difference to the model's first start."""
+    if train.get_rank() != 0:
+        return
     rows = []
-    for model in dict.fromkeys(model for model, _, _ in runs):
-        starts = [start for other, start, seed in runs if (other, seed) == (model, 0)]
-        results = compare.read_results(runs, model, starts, num_seeds)
-        first, *others = [compare.values_of(results, key) for key in measures]
-        kind = runs[model, starts[0], 0].settings.model
-        for start, *row in common.make_rows(first, starts[0]):
-            row += [f"{statistics.fmean(values[start]):.2f}" for values in others]
-            rows.append([kind, start, *row])
+    for model in dict.fromkeys(model for model, _ in starts):
+        names = [start for other, start in starts if other == model]
+        rows += make_rows(runs, model, names, measures, args.seeds)
+    first, *others = measures.values()
+    header = ["model", "start", first, "difference to the baseline", *others]
+    text = common.markdown_table(header, rows)
+    settings, datasets = runs[model, names[0], 0].settings, runs[model, names[0], 0].open_datasets()
+    text += f"\n{settings.steps} steps of {settings.batch_size} images of {settings.size} px; "
+    text += f"{len(datasets.train)} images to train on, {len(datasets.val)} to validate; "
+    text += f"{args.seeds} seed(s), ± is half of a 95 % interval of paired differences.\n"
+    common.write_results(name, text, args.runs)
+
+
+def make_rows(runs, model, starts, measures, num_seeds):
+    """A row for each start of a model: means over seeds, and the difference to the first start."""
+    first, *others = [common.read_results(runs, model, starts, num_seeds, key) for key in measures]
+    rows = common.make_rows(first, starts[0])
+    for row in rows:
+        start = row[0]
+        row.insert(0, runs[model, start, 0].settings.model)
+        row += [f"{statistics.fmean(values[start]):.2f}" for values in others]
     return rows

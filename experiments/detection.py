@@ -1,4 +1,4 @@
-"""What is a backbone trained with aligned targets worth for object detection? (the paper's Table 4)
+"""What is a backbone trained with aligned targets worth for object detection? (the paper: COCO)
 
     python experiments/detection.py                             # built-in scenes, minutes on a CPU
     torchrun --nproc-per-node 8 experiments/detection.py --data /coco --size 1024 --workers 4 \\
@@ -157,12 +157,16 @@ def polygon_mask(annotation, size):
     return torch.from_numpy(np.array(canvas))
 
 
-@functools.cache
 def open_datasets(folder, seed):
     """The datasets of --data, or scenes that the seed draws. Raises UserError."""
-    if folder == "scenes":
-        parts = [dense.draw_scenes(dense.NUM_SCENES, name) for name in (seed, "val")]
-        return data.Datasets(*parts, data.SHAPES_CLASSES[5:])
+    if folder != "scenes":
+        return open_folder(folder)
+    parts = [dense.draw_scenes(dense.NUM_SCENES, name) for name in (seed, "val")]
+    return data.Datasets(*parts, data.SHAPES_CLASSES[5:])
+
+
+@functools.cache
+def open_folder(folder):
     parts = []
     for part in ("train", "val"):
         paths = [*Path(folder).glob(f"annotations/instances_{part}*.json")]

@@ -8,8 +8,7 @@ ToTensor, Normalize, RandomErasing. Ours decodes and crops there and leaves the 
 whole batches at a time; with repeated augmentation one decoding serves three crops. Both are timed
 to the finished batch on one core, in turn, and ratios are taken within a round, so that a machine
 that is busy slows both; ± is half of a 95 % interval over rounds. One crop of an image can be no
-faster than its decoding, which is timed too. augmented.png shows what the device's part makes of
-eight of the images: a crop at the left, and nine augmentations of it.
+faster than its decoding, which is timed too.
 """
 
 import argparse
@@ -21,7 +20,6 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Subset
 from torchvision import datasets, io, transforms
-from torchvision.utils import save_image
 
 import common
 import data
@@ -94,16 +92,6 @@ def time_loaders(loaders, rounds):
     return rates
 
 
-def draw_augmented(path, images, size):
-    rows = []
-    for i in range(0, len(images), max(1, len(images) // 8)):
-        crop = data.random_resized_crop(images[i][0], size, ("picture", i))
-        augmented = data.augment(crop.expand(9, -1, -1, -1), data.uniform((9, 16), "picture", i))
-        mean, std = data.channel_statistics(augmented.device)
-        rows += [crop[None] / 255, (augmented * std + mean).clamp(0, 1)]
-    save_image(torch.cat(rows[:16]), path, nrow=10)
-
-
 def main():
     parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
     count = train.number(int, 2)
@@ -130,7 +118,6 @@ def main():
         text += f"\n{len(images)} images of {args.folder or 'its own drawing'}, {args.size} px, "
         text += f"one core, {args.rounds} rounds, torch {torch.__version__}.\n"
         common.write_results("loader", text, args.out)
-        draw_augmented(Path(args.out, "augmented.png"), images, args.size)
 
 
 if __name__ == "__main__":

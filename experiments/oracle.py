@@ -7,7 +7,6 @@ It is known for the built-in images, whose objects are drawn. `ObjectLoss` is a 
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-import common  # noqa: F401 (finds the modules below)
 import data
 import tl_align
 
@@ -38,7 +37,7 @@ class ObjectLoss:
         _, classes, masks = data.shapes(data.SHAPES_TRAIN, 0)
         masks = masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
         dataset = Subset(TensorDataset(masks, classes), indices)
-        self.loader = data.InMemoryLoader(dataset, settings, slice(None))
+        self.loader = data.make_train_loader(dataset, settings, slice(None))
         self.batches = self.batches_from(step)
 
     def batches_from(self, step):
@@ -52,7 +51,7 @@ class ObjectLoss:
     def __call__(self, model, images, targets, mask, rand, args):
         masks, mask_targets = next(self.batches)
         if not torch.equal(targets, mask_targets):
-            raise ValueError("the masks are not those of the images: is there a --micro-batch?")
+            raise ValueError("the masks are not those of the images")
         share = object_share(masks[:, :1].float(), mask)
         share = torch.where(share.isnan(), mask.mean((2, 3)), share)
         logits = model(tl_align.mix(images, mask), rand=rand)

@@ -1,15 +1,15 @@
-"""What aligned targets do for robustness and calibration (the paper's Table 5).
+"""What aligned targets do for robustness and calibration (a claim of the paper).
 
     python experiments/robustness.py                     # trains what is needed, minutes on a CPU
     python experiments/robustness.py --data /imagenet --checkpoints area/best.pt tl_align/best.pt \\
         --folders /imagenet-a /imagenet-r /imagenet-c/fog/3          # the first is the baseline
 
 Top-1 on validation images: as they are; under FGSM and PGD, whose radius, of 255 levels, bounds the
-change of each channel; with some of the patches blanked; with normal noise, whose deviation is
-relative to the range of values; and blurred, by a deviation relative to the image's side. Then the
-expected calibration error, of which less is better. --folders has further images in folders named
-by class; where some classes are missing, the answer is the best of the others. ± is half of a 95 %
-interval over seeds.
+change of each channel; with some of the patches blanked; with Gaussian noise, whose standard
+deviation is relative to the range of values; and blurred by a Gaussian, whose standard deviation is
+relative to the image's side. Then the expected calibration error (lower is better). --folders has
+further images in folders named by class; only the classes that a folder has are answers. ± is half
+of a 95 % interval over seeds.
 """
 
 import torch
@@ -23,14 +23,13 @@ import data
 import train
 from data import UserError
 
-TRAINED = ("area", "TL-Align")
+BATCH_SIZE = 48  # what is random is the same in each batch
 
 # ------------------------------------------------------------------------------------------------
 # What is done to images, (B, 3, S, S) in [0, 1].
 
 
-def answer(model, images):
-    """Logits."""
+def predict_logits(model, images):
     return model(data.normalize(255 * images))
 
 
@@ -45,7 +44,7 @@ def attack(model, images, targets, radius, steps):
         attacked = (images + radius * (2 * noise - 1)).clamp(0, 1)
     for _ in range(steps):
         attacked = attacked.detach().requires_grad_()
-        loss = F.cross_entropy(answer(model, attacked), targets)
+        loss = F.cross_entropy(predict_logits(model, attacked), targets)
         (gradient,) = torch.autograd.grad(loss, attacked)
         attacked = attacked.detach() + step_size * gradient.sign()
         attacked = attacked.clamp(images - radius, images + radius).clamp(0, 1)
@@ -92,16 +91,17 @@ def variants(model, images, targets):
 
 def measure_variants(model, dataset, settings):
     """Top-1 of each variant, and the calibration error."""
-    loader = data.make_data_loader(data.ValCrops(dataset, settings.img_size), settings, 48)
+    loader = data.make_data_loader(data.ValCrops(dataset, settings.img_size), settings, BATCH_SIZE)
     correct = {}
     for images, targets in data.batches_on_device(loader, settings.device):
         for name, changed in variants(model, images / 255, targets):
             with torch.no_grad():
-                hits = answer(model, changed).argmax(1) == targets
+                hits = predict_logits(model, changed).argmax(1) == targets
             correct[name] = correct.get(name, 0) + hits.sum().item()
-    found = {name: 100 * count / len(dataset) for name, count in correct.items()}
-    found["calibration error"] = common.calibration_error(*common.predict(model, dataset, settings))
-    return found
+    results = {name: 100 * count / len(dataset) for name, count in correct.items()}
+    logits, targets = common.predict(model, dataset, settings)
+    results["calibration error"] = common.calibration_error(logits, targets)
+    return results
 
 
 def measure_folder(model, folder, classes, settings):
@@ -119,62 +119,63 @@ def measure(settings, checkpoint, args):
     """Everything of one checkpoint, a dict by name."""
     print(f"measuring {checkpoint}", flush=True)
     datasets = compare.open_images(args.data, args.root, args.clutter)
-    dataset = Subset(datasets.val, common.choose(datasets.val, args.few, "val"))
+    dataset = Subset(datasets.val, common.choose(datasets.val, args.eval_images, "val"))
     model = train.build_model(settings, len(datasets.classes))
     train.load_weights(model, checkpoint, datasets.classes)
     model = model.to(settings.device).eval().requires_grad_(False)
-    found = measure_variants(model, dataset, settings)
+    results = measure_variants(model, dataset, settings)
     for folder in args.folders:
-        found[folder] = measure_folder(model, folder, datasets.classes, settings)
-    return found
+        results[folder] = measure_folder(model, folder, datasets.classes, settings)
+    return results
 
 
 def measure_trained(args):
     """Train models, and measure them: {model: {method: [a dict for each seed]}}."""
-    runs = compare.make_runs(args, TRAINED)
+    runs = compare.make_runs(args, compare.PAIR)
     common.run_all(runs.values(), args.jobs)
-    found = {}
-    for (model, method, _), (settings, *_) in runs.items():
-        seeds = found.setdefault(model, {}).setdefault(method, [])
-        seeds.append(measure(settings, f"{settings.out}/last.pt", args))
-    return found
+    results = {model: {method: [] for method in compare.PAIR} for model in args.models}
+    for (model, method, _), run in runs.items():
+        checkpoint = f"{run.settings.out}/last.pt"
+        results[model][method].append(measure(run.settings, checkpoint, args))
+    return results
 
 
 def measure_checkpoints(args):
     """The same of --checkpoints, as if each were a method."""
     val = compare.open_images(args.data, args.root, args.clutter).val
-    found = {}
+    results = {}
     for path in args.checkpoints:
-        words = ["--eval", path, "--data", args.data, "--root", args.root, "--device", args.device]
-        settings = train.parse_args(words)
+        argv = ["--eval", path, "--data", args.data, "--root", args.root, "--device", args.device]
+        settings = train.parse_args(argv)
         train.fill_defaults(settings, data.median_size(val), len(val))
-        found[path] = [measure(settings, path, args)]
-    return {"checkpoints": found}
+        results[path] = [measure(settings, path, args)]
+    return {"checkpoints": results}
 
 
-def make_table(model, found):
-    """found: {method: [a dict for each seed]}, the baseline first."""
-    baseline, *others = found
+def make_table(model, results):
+    """results: {method: [a dict for each seed]}, the baseline first."""
+    baseline, *others = results
     rows = []
-    for name in found[baseline][0]:
-        values = {method: [run[name] for run in runs] for method, runs in found.items()}
+    for name in results[baseline][0]:
+        values = {method: [seed[name] for seed in seeds] for method, seeds in results.items()}
         differences = [common.show_difference(values[m], values[baseline]) for m in others]
         rows.append([name, *map(common.show, values.values()), *differences])
-    header = [f"{model}, percent", *found, *[f"{method} - {baseline}" for method in others]]
+    header = [f"{model}, percent", *results, *[f"{method} - {baseline}" for method in others]]
     return common.markdown_table(header, rows)
 
 
 def main():
     parser = compare.make_parser(__doc__)
     add = parser.add_argument
-    add("--checkpoints", nargs="+", metavar="FILE", help="models to compare, the baseline first")
+    add("--checkpoints", nargs="+", metavar="FILE", help="measure these; then nothing is trained")
     add("--folders", nargs="+", default=[], metavar="FOLDER", help="of further images")
-    add("--few", type=train.number(int, 0), default=500, help="validation images; 0: all [500]")
+    count_or_all = train.number(int, 0)
+    add("--eval-images", type=count_or_all, default=500, help="0: all validation images [500]")
     args = parser.parse_args()
-    found = measure_checkpoints(args) if args.checkpoints else measure_trained(args)
-    text = "".join(make_table(model, methods) + "\n" for model, methods in found.items())
-    text += f"{args.few or 'All'} validation images. "
-    text += "" if args.checkpoints else f"{args.seeds} seeds. {compare.describe(args)}"
+    results = measure_checkpoints(args) if args.checkpoints else measure_trained(args)
+    text = "".join(make_table(model, methods) + "\n" for model, methods in results.items())
+    text += f"{args.eval_images or 'All'} validation images. "
+    text += "" if args.checkpoints else common.describe(args)
     common.write_results("robustness", text + "\n", args.runs)
 
 

@@ -1,4 +1,4 @@
-"""What is a backbone trained with aligned targets worth for segmentation? (the paper's Table 3)
+"""What is a backbone trained with aligned targets worth for segmentation? (the paper: ADE20K)
 
     python experiments/segmentation.py                          # built-in scenes, minutes on a CPU
     torchrun --nproc-per-node 8 experiments/segmentation.py --data /ade20k --workers 4 \\
@@ -148,13 +148,17 @@ def pair_files(images, masks):
     return [(path, masks / f"{path.stem}.png") for path in paths]
 
 
-@functools.cache
 def open_datasets(folder, seed):
     """The datasets of --data, or scenes that the seed draws. Raises UserError."""
-    if folder == "scenes":
-        scenes = [dense.draw_scenes(dense.NUM_SCENES, name) for name in (seed, "val")]
-        parts = [[class_mask(*scene) for scene in part] for part in scenes]
-        return data.Datasets(*parts, ["background", *data.SHAPES_CLASSES[5:]])
+    if folder != "scenes":
+        return open_folder(folder)
+    scenes = [dense.draw_scenes(dense.NUM_SCENES, name) for name in (seed, "val")]
+    parts = [[class_mask(*scene) for scene in part] for part in scenes]
+    return data.Datasets(*parts, ["background", *data.SHAPES_CLASSES[5:]])
+
+
+@functools.cache
+def open_folder(folder):
     root = Path(folder)
     first_class = 0
     if (root / "VOCdevkit").is_dir():

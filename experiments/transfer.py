@@ -1,4 +1,4 @@
-"""Does training with aligned targets carry over to other classes? (the paper's Table 4)
+"""Does training with aligned targets carry over to other classes? (a claim of the paper)
 
     python experiments/transfer.py                               # built-in images, minutes on a CPU
     python experiments/transfer.py --data cifar10 --images 5000
@@ -19,7 +19,7 @@ import compare
 import data
 import train
 
-TRAINED = ("area", "TL-Align")
+NUM_IMAGES = 2000  # of the first half
 
 
 @functools.cache
@@ -47,9 +47,9 @@ def make_run(args, is_second, model, seed, name, **changes):
     half = "second" if is_second else "first"
     folder = f"{Path(args.data).resolve().name}-{half}-half-{args.images}x{args.passes}"
     out = f"{args.runs}/{folder}/{model}-{name}-{seed}"
-    open_own = functools.partial(open_datasets, args, is_second, seed)
-    settings = common.make_settings(args, open_own(), model, seed, out, **changes)
-    return common.Run(settings, open_own, common.train_and_evaluate)
+    open_run_datasets = functools.partial(open_datasets, args, is_second, seed)
+    settings = common.make_settings(args, open_run_datasets(), model, seed, out, **changes)
+    return common.Run(settings, open_run_datasets, common.train_and_evaluate)
 
 
 def make_first_run(args, model, seed, method):
@@ -57,46 +57,46 @@ def make_first_run(args, model, seed, method):
 
 
 def make_parser(doc):
-    parser = common.make_parser(doc)
-    parser.set_defaults(images=2000, passes=5)
+    parser = common.make_image_parser(doc)
+    parser.set_defaults(images=NUM_IMAGES, passes=5)
     return parser
 
 
 def main():
     parser = make_parser(__doc__)
+    add = parser.add_argument
     count = train.number(int, 1)
-    parser.add_argument("--few", type=count, default=60, help="images to fine-tune on [60]")
-    parser.add_argument("--tune-passes", type=count, default=100, help="over those [100]")
+    add("--finetune-images", type=count, default=60, help="[%(default)s]")
+    add("--finetune-passes", type=count, default=100, help="over those [%(default)s]")
     args = parser.parse_args()
-    tune_args = argparse.Namespace(**{**vars(args), "images": args.few, "passes": args.tune_passes})
+    finetune_args = argparse.Namespace(**vars(args))
+    finetune_args.images, finetune_args.passes = args.finetune_images, args.finetune_passes
 
     first, second = {}, {}
     for seed, model in itertools.product(range(args.seeds), args.models):
         second[model, "from scratch", seed] = make_run(
-            tune_args, True, model, seed, "from-scratch", mix="none"
+            finetune_args, True, model, seed, "from-scratch", mix="none"
         )
-        for method in TRAINED:
+        for method in compare.PAIR:
             run = make_first_run(args, model, seed, method)
+            checkpoint = f"{run.settings.out}/last.pt"
             first[model, method, seed] = run
             second[model, method, seed] = make_run(
-                tune_args,
-                True,
-                model,
-                seed,
-                method,
-                mix="none",
-                finetune=f"{run.settings.out}/last.pt",
+                finetune_args, True, model, seed, method, mix="none", finetune=checkpoint
             )
     common.run_all(first.values(), args.jobs)
     common.run_all(second.values(), args.jobs)
 
     rows = []
     for model in args.models:
-        results = compare.read_results(second, model, ("from scratch", *TRAINED), args.seeds)
-        rows += [[model, *row] for row in common.make_rows(compare.values_of(results), "area")]
+        starts = ("from scratch", *compare.PAIR)
+        top1 = common.read_results(second, model, starts, args.seeds)
+        rows += [[model, *row] for row in common.make_rows(top1, "area")]
     text = common.markdown_table(["model", "trained with", "top-1 %", "difference to area"], rows)
-    text += f"\nFirst half: {compare.describe(args)} Second half: {args.tune_passes} passes over "
-    text += f"{args.few} images. {args.seeds} seeds.\n"
+    text += (
+        f"\nFirst half: {common.describe(args)} Second half: {args.finetune_passes} passes over "
+    )
+    text += f"{args.finetune_images} images.\n"
     common.write_results("transfer", text, args.runs)
 
 

@@ -9,7 +9,6 @@ import contextlib
 import torch
 from einops import rearrange
 
-import common  # noqa: F401 (finds the modules below)
 import tl_align
 import train
 

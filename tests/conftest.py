@@ -18,7 +18,7 @@ import data
 import train as train_script
 
 # What makes an experiment small.
-SMALL = ["--epochs", 1, "--images", 40, "--passes", 1, "--val-images", 20, "--batch-size", 20]
+SMALL = ["--images", 40, "--passes", 1, "--val-images", 20, "--batch-size", 20]
 
 
 def pytest_addoption(parser):

@@ -12,6 +12,7 @@ from einops import rearrange
 
 import convnext
 import mixer
+import mixing_ratio
 import rules
 import swin
 import tl_align
@@ -289,7 +290,7 @@ def test_the_target_of_a_run_follows_its_rule():
     model, images, _ = make("convnext")
     targets = torch.tensor([1, 5])
     mask = tl_align.cutmix_mask(torch.rand(2, 3), images.shape[-2:], 4).double()
-    args = SimpleNamespace(patch_size=4, smoothing=0.1, targets="parts")
+    args = SimpleNamespace(patch_size=4, smoothing=0.1, rule="parts")
     loss = rules.rule_loss(model, images, targets, mask, None, args)
     mixed, labels = tl_align.mix(images, mask), tl_align.token_labels(mask, 4)
     share = rules.align(model, mixed, labels, rules.parts_rule)
@@ -312,7 +313,7 @@ def test_the_influence_of_images_whose_mean_is_the_answer():
     def mean(images):
         return images.mean((2, 3))
 
-    share = rules.measure_influence(mean, mixed, mask, others)[0]
+    share = mixing_ratio.influence(mean, mixed, mask, others)[0]
     torch.testing.assert_close(share, torch.tensor(3 * 0.25 / (3 * 0.25 + 0.75)))
 
 

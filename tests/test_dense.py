@@ -19,13 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torchvision.models.feature_extraction import create_feature_extractor
 
 import common
-import compare
 import data
 import dense
 import detection
 import segmentation
 import swin
 import train as train_script
+import transfer
 import vit
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,11 +36,11 @@ both = pytest.mark.parametrize("script", SCRIPTS.values(), ids=SCRIPTS)
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
     """Few built-in images, opened anew for each test."""
-    monkeypatch.setattr(dense, "NUM_IMAGES", 40)
+    monkeypatch.setattr(transfer, "NUM_IMAGES", 40)
     monkeypatch.setattr(dense, "NUM_SCENES", 8)
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
     monkeypatch.setattr(data, "SHAPES_VAL", 60)
-    openers = (compare.open_images, segmentation.open_datasets, detection.open_datasets)
+    openers = (dense.draw_scenes, segmentation.open_folder, detection.open_folder)
     for opener in openers:
         opener.cache_clear()
     yield
@@ -458,7 +458,7 @@ def test_cocos_boxes_masks_and_crowds(tmp_path):
 
 
 def assert_not_opened(root, words):
-    detection.open_datasets.cache_clear()
+    detection.open_folder.cache_clear()
     with pytest.raises(data.UserError, match=words):
         detection.open_datasets(str(root), 0)
 
@@ -517,7 +517,7 @@ def test_flags_that_contradict_each_other_are_refused(parse, settings, tmp_path)
     with pytest.raises(data.UserError, match="has no images; --help says"):
         segmentation.open_datasets(str(tmp_path), 0)
     (tmp_path / "VOCdevkit").mkdir()
-    segmentation.open_datasets.cache_clear()
+    segmentation.open_folder.cache_clear()
     with pytest.raises(data.UserError, match="is no VOC 2012: Dataset not found"):
         segmentation.open_datasets(str(tmp_path), 0)
 

@@ -2,8 +2,8 @@
 
     python experiments/beyond/rules.py                   # built-in images, 16 minutes on a core
     python experiments/beyond/rules.py --targets area TL-Align --seeds 24
-    python experiments/beyond/rules.py --targets area --data cifar10 --images 10000 --passes 1 \\
-        --epochs 20 --batch-size 128
+    python experiments/beyond/rules.py --targets area --data cifar10 --images 10000 --passes 20 \\
+        --batch-size 128
 
 The paper's rule, Y = (Y + A @ Y) / 2, assumes that a layer's branch and its skip connection weigh
 the same, and that an attention weight tells how much a token contributes. Two rules measure it:
@@ -34,17 +34,16 @@ import torch.nn.functional as F
 from einops import rearrange
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import compare  # noqa: E402
-import convnext  # noqa: E402
-import data  # noqa: E402
-import mixer  # noqa: E402
-import mixing_ratio  # noqa: E402
-import oracle  # noqa: E402
-import swin  # noqa: E402
-import tl_align  # noqa: E402
-import train  # noqa: E402
-import vit  # noqa: E402
+import common
+import compare
+import convnext
+import data
+import mixer
+import mixing_ratio
+import swin
+import tl_align
+import train
+import vit
 
 # The models, each with the one of train.py whose settings it is trained with.
 MODELS = {
@@ -207,11 +206,11 @@ def align(model, images, labels, rule, rand=None):
 
 
 def rule_loss(model, images, targets, mask, rand, args):
-    """A loss for `train.train` with the label of the rule args.targets as the target. Arguments as
-    for `train.mixed_loss`; the model must not be compiled."""
+    """A loss for `train.train` with the label of the rule args.rule as the target. Arguments as for
+    `train.mixed_loss`; the model must not be compiled."""
     mixed = tl_align.mix(images, mask)
     labels = tl_align.token_labels(mask, args.patch_size)
-    share = align(model, mixed, labels, RULES[args.targets], rand)
+    share = align(model, mixed, labels, RULES[args.rule], rand)
     logits = model(mixed, rand=rand)
     return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
 
@@ -219,32 +218,41 @@ def rule_loss(model, images, targets, mask, rand, args):
 # ------------------------------------------------------------------------------------------------
 # Training.
 
+# What differs in the settings, for each target.
+TARGETS = {
+    "area": {"targets": "area"},
+    "TL-Align": {"targets": "tl_align"},
+    "norm": {"rule": "norm"},
+    "parts": {"rule": "parts"},
+}
+
 
 def make_runs(args):
     """{(model, target, seed): common.Run}."""
-    name = f"rules-{Path(args.data).resolve().name}-{args.images}x{args.passes}x{args.epochs}"
-    name += f"-batch{args.batch_size}"
+    folder = f"rules-{Path(args.data).resolve().name}-{args.images}x{args.passes}"
+    folder += f"-batch{args.batch_size}"
     runs = {}
     for seed, model, target in itertools.product(range(args.seeds), args.models, args.targets):
-        open_own = functools.partial(compare.open_datasets, args, seed)
-        out = f"{args.runs}/{name}/{model}-{target}-{seed}"
-        changes = {"targets": target, "compile": False}
-        settings = common.make_settings(args, open_own(), MODELS[model][1], seed, out, **changes)
+        open_datasets = functools.partial(compare.open_datasets, args, seed)
+        out = f"{args.runs}/{folder}/{model}-{target}-{seed}"
+        settings = common.make_settings(
+            args, open_datasets(), MODELS[model][1], seed, out, compile=False, **TARGETS[target]
+        )
         settings.model = model
-        runs[model, target, seed] = common.Run(settings, open_own, train_run)
+        runs[model, target, seed] = common.Run(settings, open_datasets, train_run)
     return runs
 
 
 def make_model(run):
     settings = run.settings
     torch.manual_seed(settings.seed)
-    make, _ = MODELS[settings.model]
+    model_class, _ = MODELS[settings.model]
     sizes = {"img_size": settings.img_size, "patch_size": settings.patch_size}
-    return make(num_classes=len(run.open_datasets().classes), **sizes)
+    return model_class(num_classes=len(run.open_datasets().classes), **sizes)
 
 
 def train_run(run):
-    loss = rule_loss if run.settings.targets in ("norm", "parts") else train.mixed_loss
+    loss = rule_loss if hasattr(run.settings, "rule") else train.mixed_loss
     return common.train_and_evaluate(run, loss, make_model(run))
 
 
@@ -262,32 +270,20 @@ def predict_shares(model, mixed, mask):
 
 
 @torch.no_grad()
-def measure_influence(model, mixed, mask, blanks):
-    """The influence of the pasted image, (n,). blanks: images that stand in for a source."""
-    owners = torch.stack([1 - mask, mask], dim=1)
-    return mixing_ratio.influence(model, mixed, owners, blanks)[:, 1]
-
-
 def look(run, num_mixes):
     """The shares and the truths of a run's model, {rule: (n,)} and {truth: (n,)}. Every run is
     shown the same mixes."""
-    settings, val = run.settings, run.open_datasets().val
+    settings = run.settings
     model = common.load_model(run, make_model(run))
-    n = min(num_mixes, len(val)) // 2 * 2
-    crops = common.center_crops(val, range(n), settings.img_size)
-    images = data.normalize(crops).to(settings.device)
-    rand = data.uniform((n, 3), "rules").to(settings.device)
-    mask = tl_align.cutmix_mask(rand, images.shape[-2:], settings.patch_size)
-    mixed = tl_align.mix(images, mask)
-    mean_patch = mixing_ratio.mean_patch(images, settings.patch_size)
+    mixes = mixing_ratio.make_mixes(run.open_datasets().val, num_mixes, settings, "rules")
+    others = choose_others(mixes.images)
     truths = {
-        "mean patch": measure_influence(model, mixed, mask, [mean_patch]),
-        "other images": measure_influence(model, mixed, mask, choose_others(images)),
+        "mean patch": mixing_ratio.influence(model, mixes.mixed, mixes.mask, [mixes.blank]),
+        "other images": mixing_ratio.influence(model, mixes.mixed, mixes.mask, others),
     }
-    if settings.data == "shapes":
-        objects = data.shapes(data.SHAPES_VAL, "val")[2][val.indices[:n], None]
-        truths["objects"] = oracle.object_share(objects.to(mask), mask)[:, 0]
-    return predict_shares(model, mixed, mask), truths
+    if mixes.objects is not None:
+        truths["objects"] = mixes.objects
+    return predict_shares(model, mixes.mixed, mixes.mask), truths
 
 
 def choose_others(images):
@@ -310,10 +306,10 @@ def make_error_rows(looks):
 
 
 def main():
-    parser = common.make_parser(__doc__)
+    parser = common.make_image_parser(__doc__)
     parser.set_defaults(models=list(MODELS), clutter=0.0)
     add = parser.add_argument
-    add("--targets", nargs="+", default=["area", *RULES], choices=["area", *RULES])
+    add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     add("--mixes", type=train.number(int, 10), default=600, help="mixed images to look at [600]")
     args = parser.parse_args()
     unknown = set(args.models) - set(MODELS)
@@ -325,16 +321,15 @@ def main():
 
     accuracy, errors = [], []
     for model in args.models:
-        results = compare.read_results(runs, model, args.targets, args.seeds)
-        rows = common.make_rows(compare.values_of(results), "area")
-        accuracy += [[model, *row] for row in rows]
+        top1 = common.read_results(runs, model, args.targets, args.seeds)
+        accuracy += [[model, *row] for row in common.make_rows(top1, "area")]
         looks = [look(runs[model, "area", seed], args.mixes) for seed in range(args.seeds)]
         errors += [[model, *row] for row in make_error_rows(looks)]
     text = common.markdown_table(["model", "target", "top-1 %", "difference to area"], accuracy)
     header = ["model", "rule", *(f"error: {truth}" for truth in looks[0][1])]
     text += "\n" + common.markdown_table(header, errors)
     num_mixes = len(looks[0][0]["area"])
-    text += f"\n{num_mixes} mixes; {args.seeds} seeds. {compare.describe(args)}\n"
+    text += f"\n{num_mixes} mixes. {common.describe(args)}\n"
     common.write_results("rules", text, args.runs)
 
 

@@ -23,24 +23,19 @@ from einops import rearrange
 from torch.utils.data import Subset, TensorDataset
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-import common  # noqa: E402
-import compare  # noqa: E402
-import data  # noqa: E402
-import mixing_ratio  # noqa: E402
-import rules  # noqa: E402
-import tl_align  # noqa: E402
-import train  # noqa: E402
+import common
+import compare
+import data
+import mixing_ratio
+import rules
+import tl_align
+import train
 
 SIZE = 16  # frames, rows and columns of a clip
 TUBELET = 4  # frames, rows and columns of a tubelet
 STEPS = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # rows, columns
 
-# What differs in the settings of train.py.
-METHODS = {
-    "no mixing": {"mix": "none"},
-    "area": {"targets": "area"},
-    "TL-Align": {"targets": "tl_align"},
-}
+METHODS = ("no mixing", "area", "TL-Align")
 
 # ------------------------------------------------------------------------------------------------
 # Clips.
@@ -100,8 +95,10 @@ def cutmix_mask(rand):
 
 def clip_loss(model, images, targets, mask, rand, args):
     """`train.mixed_loss` with a box in space and time. That of the trainer is for images, so it
-    says only whether clips are mixed. The model has no drop path: its random numbers are free."""
+    says only whether clips are mixed."""
     if mask is not None:
+        # The model has no drop path, so the random numbers of its first two blocks, (b, 2, 2), are
+        # free: (b, 4).
         mask = cutmix_mask(rand[:, :2].flatten(1))
     return train.mixed_loss(model, images, targets, mask, None, args)
 
@@ -118,23 +115,10 @@ class ClipLoader(data.InMemoryLoader):
 
 
 def train_run(run):
-    """Train with the steps of `train.train`, whose loader would crop the clips. A run that was
-    stopped starts again."""
-    settings, datasets = run.settings, run.open_datasets()
-    trainer = train.Trainer(settings, train.build_model(settings, len(STEPS)), clip_loss)
-    loader = ClipLoader(datasets.train, settings, trainer.share)
-    progress = train.Progress()
-    identity = train.run_identity(settings, datasets)
-    with train.StopRequest() as stop:
-        train.train_one_epoch(trainer, loader, progress, stop, save=lambda: None)
-    if stop.signal:
-        sys.exit(128 + stop.signal)
-    trainer.save(Path(settings.out, "last.pt"), progress, identity)
-    val_loader = data.make_val_loader(datasets.val, settings)
-    top1, _ = train.evaluate(trainer.eval_model, val_loader, settings)
-    return {"top1": top1}
+    return common.train_and_evaluate(run, clip_loss, make_loader=ClipLoader)
 
 
+@torch.no_grad()
 def look(run, num_mixes):
     """As `rules.look`: the shares by each rule, and the influence."""
     settings = run.settings
@@ -143,8 +127,8 @@ def look(run, num_mixes):
     clips = data.normalize(clips.to(settings.device))
     mask = cutmix_mask(data.uniform((len(clips), 4), "video").to(settings.device))
     mixed = tl_align.mix(clips, mask)
-    mean_patch = mixing_ratio.mean_patch(clips, settings.patch_size)
-    influence = rules.measure_influence(model, mixed, mask, [mean_patch])
+    blank = mixing_ratio.mean_patch(clips, settings.patch_size)
+    influence = mixing_ratio.influence(model, mixed, mask, [blank])
     return rules.predict_shares(model, mixed, mask), {"influence": influence}
 
 
@@ -152,29 +136,36 @@ def make_runs(args):
     """{("", method, seed): common.Run}."""
     runs = {}
     for seed, method in itertools.product(range(args.seeds), METHODS):
+        open_datasets = functools.partial(make_datasets, args, seed)
         out = f"{args.runs}/clips-{args.images}x{args.passes}/{method}-{seed}"
-        open_own = functools.partial(make_datasets, args, seed)
-        settings = common.make_settings(args, open_own(), "vit_micro", seed, out, **METHODS[method])
-        runs["", method, seed] = common.Run(settings, open_own, train_run)
+        changes = compare.METHODS[method]
+        settings = common.make_settings(args, open_datasets(), "vit_micro", seed, out, **changes)
+        runs["", method, seed] = common.Run(settings, open_datasets, train_run)
     return runs
 
 
 def main():
-    parser = common.make_parser(__doc__, any_data=False)
-    parser.add_argument("--mixes", type=train.number(int, 2), default=500, help="to look at [500]")
-    parser.set_defaults(images=500, val_images=1000, passes=60, batch_size=50)
-    parser.set_defaults(data="clips", root="", epochs=1)  # for `common.make_settings`
+    parser = common.make_parser(__doc__)
+    add = parser.add_argument
+    count = train.number(int, 2)
+    add("--images", type=count, default=500, help="training clips of a seed [%(default)s]")
+    add("--val-images", type=count, default=1000, help="validation clips [%(default)s]")
+    add("--passes", type=train.number(int, 1), default=60, help="over the clips [%(default)s]")
+    add("--batch-size", type=count, default=50, help="[%(default)s]")
+    add("--mixes", type=count, default=500, help="mixed clips to look at [%(default)s]")
+    parser.set_defaults(data="clips", root="")  # for `common.make_settings`
     args = parser.parse_args()
     runs = make_runs(args)
     common.run_all(runs.values(), args.jobs)
 
-    results = compare.read_results(runs, "", METHODS, args.seeds)
-    rows = common.make_rows(compare.values_of(results), "area")
+    top1 = common.read_results(runs, "", METHODS, args.seeds)
+    rows = common.make_rows(top1, "area")
     text = common.markdown_table(["trained with", "top-1 %", "difference to area"], rows)
     looks = [look(runs["", "area", seed], args.mixes) for seed in range(args.seeds)]
     rows = rules.make_error_rows(looks)
     text += "\n" + common.markdown_table(["rule", "error of the share"], rows)
-    text += f"\n{args.mixes} mixes; {args.seeds} seeds. {compare.describe(args)}\n"
+    num_mixes = len(looks[0][0]["area"])
+    text += f"\n{num_mixes} mixes. {common.describe(args)}\n"
     common.write_results("video", text, args.runs)
 
 

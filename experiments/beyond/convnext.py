@@ -2,8 +2,8 @@
 
 ConvNeXt (Liu et al. 2022, arXiv 2201.03545) has no attention: information moves between tokens in a
 depthwise convolution, one kernel for each channel. The labels are convolved with the kernels'
-absolute values, averaged over the channels, as an attention is averaged over heads. The weights
-are scaled to sum to one over the tokens that exist, which makes A, and Y = (Y + A @ Y) / 2. Where
+absolute values, averaged over the channels, as an attention is averaged over heads. Scaled to sum
+to one over the positions inside the image, these weights are A, and Y = (Y + A @ Y) / 2. Where
 tokens are merged or pooled, labels are averaged.
 
 Tokens and labels are maps here, as in `swin.py`: (B, H, W, C) and (B, H, W, K). Parameters have the

@@ -270,7 +270,7 @@ def predict_shares(model, mixed, mask):
 
 
 @torch.no_grad()
-def look(run, num_mixes):
+def measure_run(run, num_mixes):
     """The shares and the truths of a run's model, {rule: (n,)} and {truth: (n,)}. Every run is
     shown the same mixes."""
     settings = run.settings
@@ -292,15 +292,16 @@ def choose_others(images):
     return [images.roll(distance * i, 0) for i in range(1, NUM_OTHERS + 1)]
 
 
-def make_error_rows(looks):
-    """A row per rule: the mean absolute error from each truth. looks: of `look`, of each seed."""
+def make_error_rows(measured):
+    """A row per rule: the mean absolute error from each truth. measured: what `measure_run` gives,
+    of each seed."""
     rows = []
-    for rule in looks[0][0]:
-        shares = torch.stack([shares[rule] for shares, _ in looks])
+    for rule in measured[0][0]:
+        shares = torch.stack([shares[rule] for shares, _ in measured])
         errors = []
-        for truth in looks[0][1]:
-            true = torch.stack([truths[truth] for _, truths in looks])
-            errors.append(common.show(mixing_ratio.errors(shares, true), digits=3))
+        for truth in measured[0][1]:
+            truths = torch.stack([truths[truth] for _, truths in measured])
+            errors.append(common.show(mixing_ratio.errors(shares, truths), digits=3))
         rows.append([rule, *errors])
     return rows
 
@@ -323,12 +324,14 @@ def main():
     for model in args.models:
         top1 = common.read_results(runs, model, args.targets, args.seeds)
         accuracy += [[model, *row] for row in common.make_rows(top1, "area")]
-        looks = [look(runs[model, "area", seed], args.mixes) for seed in range(args.seeds)]
-        errors += [[model, *row] for row in make_error_rows(looks)]
+        measured = [
+            measure_run(runs[model, "area", seed], args.mixes) for seed in range(args.seeds)
+        ]
+        errors += [[model, *row] for row in make_error_rows(measured)]
     text = common.markdown_table(["model", "target", "top-1 %", "difference to area"], accuracy)
-    header = ["model", "rule", *(f"error: {truth}" for truth in looks[0][1])]
+    header = ["model", "rule", *(f"error: {truth}" for truth in measured[0][1])]
     text += "\n" + common.markdown_table(header, errors)
-    num_mixes = len(looks[0][0]["area"])
+    num_mixes = len(measured[0][0]["area"])
     text += f"\n{num_mixes} mixes. {common.describe(args)}\n"
     common.write_results("rules", text, args.runs)
 

@@ -119,8 +119,8 @@ def train_run(run):
 
 
 @torch.no_grad()
-def look(run, num_mixes):
-    """As `rules.look`: the shares by each rule, and the influence."""
+def measure_run(run, num_mixes):
+    """As `rules.measure_run`: the shares by each rule, and the influence."""
     settings = run.settings
     model = common.load_model(run)
     clips = run.open_datasets().val.tensors[0][: num_mixes // 2 * 2]
@@ -161,10 +161,10 @@ def main():
     top1 = common.read_results(runs, "", METHODS, args.seeds)
     rows = common.make_rows(top1, "area")
     text = common.markdown_table(["trained with", "top-1 %", "difference to area"], rows)
-    looks = [look(runs["", "area", seed], args.mixes) for seed in range(args.seeds)]
-    rows = rules.make_error_rows(looks)
+    measured = [measure_run(runs["", "area", seed], args.mixes) for seed in range(args.seeds)]
+    rows = rules.make_error_rows(measured)
     text += "\n" + common.markdown_table(["rule", "error of the share"], rows)
-    num_mixes = len(looks[0][0]["area"])
+    num_mixes = len(measured[0][0]["area"])
     text += f"\n{num_mixes} mixes. {common.describe(args)}\n"
     common.write_results("video", text, args.runs)
 

@@ -82,6 +82,15 @@ def main(function):
 # Runs.
 
 
+def make_folder(path):
+    """Create a folder, with its parents. Raises UserError."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path}: {error.strerror}") from error
+    return Path(path)
+
+
 class Run(NamedTuple):
     """A run of an experiment, in the folder settings.out. All of it can be pickled."""
 
@@ -202,6 +211,10 @@ def load_model(run, model=None):
 # ------------------------------------------------------------------------------------------------
 # Processes.
 
+# Asks a process of the pool to save and end. It is not SIGTERM, which the pool itself may send: a
+# second signal of the same kind ends training at once.
+STOP_SIGNAL = signal.SIGUSR1
+
 
 def run_all(runs, num_processes=None):
     """Do all runs that are not finished, in their order; what they print goes to their log.txt.
@@ -230,14 +243,13 @@ def run_all(runs, num_processes=None):
         except BaseException:  # such as Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                process.terminate()
+                os.kill(process.pid, STOP_SIGNAL)
             raise
 
 
 def do_run(run, progress):
     """Do a run, and write its result.json. progress: to be printed, such as "3/24"."""
-    folder = Path(run.settings.out)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = make_folder(run.settings.out)
     try:
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
             result = run.function(run)
@@ -262,7 +274,7 @@ def end_with_parent():
     """A parent that was killed had no time to end its children: they would train beside those that
     the same command starts."""
     multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), STOP_SIGNAL)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -349,8 +361,7 @@ def markdown_table(header, rows):
 
 def write_results(name, text, folder):
     """Print a text in Markdown and write it to folder/NAME.md."""
-    path = Path(folder, f"{name}.md")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = make_folder(folder) / f"{name}.md"
     train.write_text(path, text)
     print(f"\n{text}\nwritten to {path}", flush=True)
 

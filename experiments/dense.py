@@ -3,9 +3,9 @@ fine-tuning on the pieces of train.py, and the comparison of starting points.
 """
 
 import functools
+import hashlib
 import math
 import os
-import re
 import signal
 import statistics
 import sys
@@ -143,6 +143,14 @@ def draw_scene(*name):
 
 # ------------------------------------------------------------------------------------------------
 # Fine-tuning. For train.py a run is one epoch, whose steps go over the images several times.
+
+
+def files_digest(root, paths):
+    """See `data.files_digest`. Raises UserError if a file is missing."""
+    try:
+        return data.files_digest(str(root), [(str(path), 0) for path in paths])
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 class Augmented(Dataset):
@@ -329,7 +337,10 @@ def run(name, args, recipes, open_datasets, tune, measures):
     runs = {}
     for (model, start), checkpoints in starts.items():
         for seed, checkpoint in enumerate(checkpoints):
-            label = re.sub(r"[^\w.]+", "-", f"{model} {start} {seed}").strip("-.")
+            label = f"{model}-{start.replace(' ', '-')}-{seed}"
+            if args.checkpoints:
+                digest = hashlib.blake2b(Path(checkpoint).read_bytes(), digest_size=4).hexdigest()
+                label = f"{Path(checkpoint).stem}-{digest}-{seed}"
             out = f"{args.runs}/{name}-{Path(args.data).resolve().name}/{label}"
             open_run_datasets = functools.partial(open_datasets, args.data, seed)
             settings = make_settings(args, recipes, open_run_datasets(), checkpoint, seed, out)

@@ -114,8 +114,11 @@ class CocoFiles(Dataset):
             self.classes = [category["name"] for category in categories]
             self.labels = {category["id"]: i for i, category in enumerate(categories)}
             self.annotations = collections.defaultdict(list)
+            if not self.images:
+                raise ValueError("it has no images")
             for annotation in content["annotations"]:
-                if annotation["category_id"] not in self.labels or len(annotation["bbox"]) != 4:
+                box = [float(number) for number in annotation["bbox"]]
+                if annotation["category_id"] not in self.labels or len(box) != 4:
                     raise ValueError(f"annotation {annotation['id']} has no such category or box")
                 self.annotations[annotation["image_id"]].append(annotation)
         except (OSError, KeyError, TypeError, ValueError) as error:
@@ -167,7 +170,7 @@ def open_datasets(folder, seed):
 
 @functools.cache
 def open_folder(folder):
-    parts = []
+    parts, files = [], []
     for part in ("train", "val"):
         paths = [*Path(folder).glob(f"annotations/instances_{part}*.json")]
         paths += Path(folder).glob(f"{part}.json")
@@ -178,9 +181,11 @@ def open_folder(folder):
             )
         images = Path(folder, paths[0].stem.removeprefix("instances_"))
         parts.append(CocoFiles(paths[0], images))
+        files += [paths[0], *[path for path, _ in parts[-1].images]]
     if parts[0].classes != parts[1].classes:
         raise UserError(f"the files of annotations in {folder} must have the same categories")
-    return data.Datasets(*parts, parts[0].classes)
+    digest = dense.files_digest(folder, files)
+    return data.Datasets(*parts, parts[0].classes, digest=digest)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class Mixes(NamedTuple):
 def make_mixes(dataset, num_mixes, settings, name):
     """Mixes of the first images of --val-images, by a random generator of that name."""
     n = min(num_mixes, len(dataset)) // 2 * 2
+    if n == 0:
+        raise data.UserError("there must be two validation images to mix")
     crops = common.center_crops(dataset, range(n), settings.img_size).to(settings.device)
     images = data.normalize(crops)
     rand = data.uniform((n, 3), name).to(settings.device)

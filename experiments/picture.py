@@ -101,7 +101,7 @@ def draw(path, columns):
             cell = F.interpolate(pictures[row, None], (CELL, CELL), mode="area")[0]
             cell = F.pad(cell, (0, 0, CAPTION, 0), value=255).to(torch.uint8)
             cells.append(draw_bounding_boxes(cell, frame, [caption], "black") / 255)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    common.make_folder(path.parent)
     save_image(cells, path, nrow=len(columns), padding=GAP, pad_value=1)
 
 

@@ -13,6 +13,7 @@ with train.py's learning rate schedule, and without the auxiliary head.
 """
 
 import functools
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +180,9 @@ def open_folder(folder):
             classes = (root / "classes.txt").read_text().splitlines()
         except OSError as error:
             raise UserError(f"{root} needs classes.txt with the name of a class a line") from error
-    return data.Datasets(*[MaskFiles(p, len(classes), first_class) for p in pairs], classes)
+    parts = [MaskFiles(p, len(classes), first_class) for p in pairs]
+    digest = dense.files_digest(root, itertools.chain(*pairs[0], *pairs[1]))
+    return data.Datasets(*parts, classes, digest=digest)
 
 
 def class_mask(image, target):

@@ -79,7 +79,7 @@ def main():
         )
         for method in compare.PAIR:
             run = make_first_run(args, model, seed, method)
-            checkpoint = f"{run.settings.out}/last.pt"
+            checkpoint = str(Path(run.settings.out, "last.pt").resolve())
             first[model, method, seed] = run
             second[model, method, seed] = make_run(
                 finetune_args, True, model, seed, method, mix="none", finetune=checkpoint

@@ -309,6 +309,8 @@ def test_the_influence_of_images_whose_mean_is_the_answer():
     mixed = tl_align.mix(images, mask)
     others = rules.choose_others(images)
     assert all((other[:2] == 0).all() for other in others)  # none is an image of the mix
+    with pytest.raises(UserError, match="there must be 10 validation images"):
+        rules.choose_others(images[:8])
 
     def mean(images):
         return images.mean((2, 3))

@@ -649,3 +649,24 @@ def test_a_file_that_a_worker_cannot_use_ends_the_run_in_one_line(
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {root}/train/masks/1.png cannot be read")
+
+
+def test_other_images_and_other_weights_are_not_taken_for_done(
+    tmp_path, checkpoint, monkeypatch, capsys
+):
+    root, path = tmp_path / "set", checkpoint("vit_micro")
+    write_masks(root)
+    words = ["--data", root, "--checkpoints", path, "--size", 64, "--steps", 1, "--seeds", 1]
+    words += ["--batch-size", 4, "--jobs", 0, "--runs", tmp_path / "runs", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["script", *map(str, words)])
+    segmentation.main()
+    saved = torch.load(path, weights_only=True)
+    saved["model"]["norm.bias"] += 1
+    torch.save(saved, path)
+    segmentation.main()
+    assert capsys.readouterr().out.count("1 of 1 runs to do") == 2
+    with (root / "train" / "masks" / "1.png").open("ab") as mask:
+        mask.write(b"other")
+    segmentation.open_folder.cache_clear()
+    with pytest.raises(data.UserError, match="holds another run: other images; give another --r"):
+        segmentation.main()

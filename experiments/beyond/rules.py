@@ -289,6 +289,8 @@ def measure_run(run, num_mixes):
 def choose_others(images):
     """For each image several of the others, none of which is its partner."""
     distance = len(images) // (NUM_OTHERS + 1)
+    if distance < 2:
+        raise data.UserError(f"there must be {2 * NUM_OTHERS + 2} validation images to mix")
     return [images.roll(distance * i, 0) for i in range(1, NUM_OTHERS + 1)]
 
 

@@ -40,7 +40,7 @@ def make_parser(doc):
     add("--seeds", type=train.number(int, 1), default=3, help="number of seeds [%(default)s]")
     add("--jobs", type=train.number(int, 0), help="processes; 0: one run after another in this one")
     add("--device", default=device, choices=["cpu", "cuda"])
-    add("--runs", default="runs/experiments", help="folder of runs and results")
+    add("--runs", default="runs/experiments", help="folder of runs and results [%(default)s]")
     return parser
 
 

@@ -313,6 +313,22 @@ def test_the_oracle_sees_the_masks_of_the_images(monkeypatch):
         loss(model, batch, targets + 1, mask, None, settings)
 
 
+@pytest.mark.parametrize("max_bytes", [2**31, 0], ids=["in memory", "from files"])
+def test_the_oracles_masks_are_cropped_as_the_images(monkeypatch, max_bytes):
+    monkeypatch.setattr(data, "SHAPES_TRAIN", 12)
+    monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", max_bytes)
+    settings = argparse.Namespace(img_size=32, batch_size=4, aug_repeats=1, seed=3, workers=0)
+    settings.device = "cpu"
+    _, targets, masks = data.shapes(12, 0)
+    images = 255 * masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8)  # white where the object is
+    loader = data.make_train_loader(TensorDataset(images, targets), settings, slice(None))
+    loss = oracle.ObjectLoss(range(12), settings)
+    loader.set_epoch(0)
+    for images, _ in loader:
+        masks, _ = next(loss.batches)
+        assert ((masks == 1) == (images > 127)).float().mean() > 0.995  # but for rounding
+
+
 def test_where_no_object_is_seen_the_oracle_takes_the_area(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 2)
     monkeypatch.setattr(oracle, "object_share", lambda objects, mask: mask.mean((2, 3)) * torch.nan)

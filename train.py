@@ -492,7 +492,7 @@ def find_checkpoint(args, datasets):
     best = path.with_name("best.pt")
     if not path.exists():
         if best.exists():
-            raise UserError(f"{args.out} has a best.pt but no last.pt: give another --out")
+            raise UserError(f"{args.out} has a best.pt but no last.pt; give another --out")
         if args.resume:
             print0(f"{args.out} has no last.pt to resume from: this is a new run")
         return None
@@ -504,7 +504,7 @@ def find_checkpoint(args, datasets):
             advice = f"copy {best} to it to resume from there"
         raise UserError(f"{error}; {advice}; --no-resume starts over") from error
     if checkpoint.get("format") != FORMAT:
-        raise UserError(f"{path} was not written by this version of train.py: give another --out")
+        raise UserError(f"{path} was not written by this version of train.py; give another --out")
     check_same_run(args, datasets, checkpoint)
     return checkpoint
 

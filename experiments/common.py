@@ -15,7 +15,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,11 @@ def make_parser(doc):
     add = parser.add_argument
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--seeds", type=train.number(int, 1), default=3, help="number of seeds [%(default)s]")
-    add("--jobs", type=train.number(int, 0), help="processes; 0: one run after another in this one")
+    add(
+        "--jobs",
+        type=train.number(int, 0),
+        help="processes; 0: none beside this one [one per core]",
+    )
     add("--device", default=device, choices=["cpu", "cuda"])
     add("--runs", default="runs/experiments", help="folder of runs and results [%(default)s]")
     return parser
@@ -99,11 +103,11 @@ class Run(NamedTuple):
     function: Callable  # function(run) trains, and returns a dict of results
 
 
-def choose(dataset, num_images, *name):
+def choose(dataset, num_images, flag, *name):
     """The indices of images chosen at random, by a generator of that name; 0 chooses all. Raises
-    UserError if there are not as many."""
+    UserError if there are not as many. flag: the one that gives their number."""
     if num_images > len(dataset):
-        raise UserError(f"there are {len(dataset)} images, not the {num_images} asked for")
+        raise UserError(f"{flag} {num_images}: there are only {len(dataset)} images")
     order = torch.randperm(len(dataset), generator=data.generator("chosen", *name)).tolist()
     return order[: num_images or None]
 
@@ -111,8 +115,8 @@ def choose(dataset, num_images, *name):
 def choose_images(datasets, args, seed):
     """--images training images that the seed draws, each --passes times in an epoch, and
     --val-images validation images, the same for every seed."""
-    indices = choose(datasets.train, args.images, seed) * args.passes
-    val_indices = choose(datasets.val, args.val_images, "val")
+    indices = choose(datasets.train, args.images, "--images", seed) * args.passes
+    val_indices = choose(datasets.val, args.val_images, "--val-images", "val")
     return datasets._replace(
         train=Subset(datasets.train, indices), val=Subset(datasets.val, val_indices)
     )
@@ -223,7 +227,7 @@ def run_all(runs, num_processes=None):
         core, or five on a GPU, which small models leave idle; 0: this process does all.
     """
     todo = [run for run in runs if read_result(run) is None]
-    print(f"{len(todo)} of {len(runs)} runs to do", flush=True)
+    data.print0(f"{len(todo)} of {len(runs)} runs to do")
     tasks = [(run, f"{number}/{len(todo)}") for number, run in enumerate(todo, 1)]
     if num_processes is None:
         num_processes = 5 if torch.cuda.is_available() else train.NUM_CPUS
@@ -243,7 +247,8 @@ def run_all(runs, num_processes=None):
         except BaseException:  # such as Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
             for process in multiprocessing.active_children():
-                os.kill(process.pid, STOP_SIGNAL)
+                with suppress(ProcessLookupError):
+                    os.kill(process.pid, STOP_SIGNAL)
             raise
 
 

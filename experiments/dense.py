@@ -146,7 +146,7 @@ def draw_scene(*name):
 
 
 def files_digest(root, paths):
-    """See `data.files_digest`. Raises UserError if a file is missing."""
+    """See `data.files_digest`. Raises UserError if a file that it looks at is missing."""
     try:
         return data.files_digest(str(root), [(str(path), 0) for path in paths])
     except OSError as error:
@@ -246,7 +246,8 @@ MICRO_LR = 2e-3  # of narrow models
 
 
 def parse_args(doc):
-    """The command line. Under torchrun this process joins the others. Raises UserError."""
+    """The command line. With --data there are no further processes, if not said otherwise. Under
+    torchrun this process joins the others. Raises UserError."""
     parser = common.make_parser(doc)
     add = parser.add_argument
     count = train.number(int, 1)
@@ -303,7 +304,7 @@ def make_settings(args, recipes, datasets, checkpoint, seed, out):
     argv = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device, "--out", out]
     settings = train.parse_args(argv)  # with the settings of the checkpoint's model
     settings.eval = None
-    settings.finetune = checkpoint
+    settings.finetune = str(Path(checkpoint).resolve())
     settings.data = args.data
     settings.workers = args.workers
     settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)
@@ -337,11 +338,10 @@ def run(name, args, recipes, open_datasets, tune, measures):
     runs = {}
     for (model, start), checkpoints in starts.items():
         for seed, checkpoint in enumerate(checkpoints):
-            label = f"{model}-{start.replace(' ', '-')}-{seed}"
-            if args.checkpoints:
-                digest = hashlib.blake2b(Path(checkpoint).read_bytes(), digest_size=4).hexdigest()
-                label = f"{Path(checkpoint).stem}-{digest}-{seed}"
-            out = f"{args.runs}/{name}-{Path(args.data).resolve().name}/{label}"
+            label = Path(start).stem if args.checkpoints else f"{model}-{start.replace(' ', '-')}"
+            digest = hashlib.blake2b(Path(checkpoint).read_bytes(), digest_size=4).hexdigest()
+            folder = f"{args.runs}/{name}-{Path(args.data).resolve().name}"
+            out = f"{folder}/{label}-{digest}-{seed}"
             open_run_datasets = functools.partial(open_datasets, args.data, seed)
             settings = make_settings(args, recipes, open_run_datasets(), checkpoint, seed, out)
             settings.scratch = start == "from scratch"

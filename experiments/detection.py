@@ -184,7 +184,7 @@ def open_folder(folder):
         files += [paths[0], *[path for path, _ in parts[-1].images]]
     if parts[0].classes != parts[1].classes:
         raise UserError(f"the files of annotations in {folder} must have the same categories")
-    digest = dense.files_digest(folder, files)
+    digest = dense.files_digest(Path(folder), files)
     return data.Datasets(*parts, parts[0].classes, digest=digest)
 
 

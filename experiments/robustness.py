@@ -119,7 +119,9 @@ def measure(settings, checkpoint, args):
     """Everything of one checkpoint, a dict by name."""
     print(f"measuring {checkpoint}", flush=True)
     datasets = compare.open_images(args.data, args.root, args.clutter)
-    dataset = Subset(datasets.val, common.choose(datasets.val, args.eval_images, "val"))
+    num_images = min(args.eval_images, len(datasets.val))
+    chosen = common.choose(datasets.val, num_images, "--eval-images", "val")
+    dataset = Subset(datasets.val, chosen)
     model = train.build_model(settings, len(datasets.classes))
     train.load_weights(model, checkpoint, datasets.classes)
     model = model.to(settings.device).eval().requires_grad_(False)
@@ -170,11 +172,16 @@ def main():
     add("--checkpoints", nargs="+", metavar="FILE", help="measure these; then nothing is trained")
     add("--folders", nargs="+", default=[], metavar="FOLDER", help="of further images")
     count_or_all = train.number(int, 0)
-    add("--eval-images", type=count_or_all, default=500, help="0: all validation images [500]")
+    add(
+        "--eval-images",
+        type=count_or_all,
+        default=500,
+        help="validation images, at most; 0: all [500]",
+    )
     args = parser.parse_args()
     results = measure_checkpoints(args) if args.checkpoints else measure_trained(args)
     text = "".join(make_table(model, methods) + "\n" for model, methods in results.items())
-    text += f"{args.eval_images or 'All'} validation images. "
+    text += f"{args.eval_images or 'All'} validation images, if there are as many. "
     text += "" if args.checkpoints else common.describe(args)
     common.write_results("robustness", text + "\n", args.runs)
 

@@ -42,18 +42,21 @@ def open_datasets(args, is_second, seed):
     return common.choose_images(half_of(args.data, args.root, is_second), args, seed)
 
 
-def make_run(args, is_second, model, seed, name, **changes):
-    """A run on one half of the classes."""
-    half = "second" if is_second else "first"
-    folder = f"{Path(args.data).resolve().name}-{half}-half-{args.images}x{args.passes}"
+def make_run(args, is_second, folder, model, seed, name, **changes):
+    """A run on one half of the classes. folder: in --runs, of the runs on this half."""
     out = f"{args.runs}/{folder}/{model}-{name}-{seed}"
     open_run_datasets = functools.partial(open_datasets, args, is_second, seed)
     settings = common.make_settings(args, open_run_datasets(), model, seed, out, **changes)
     return common.Run(settings, open_run_datasets, common.train_and_evaluate)
 
 
+def first_folder(args):
+    return f"{Path(args.data).resolve().name}-first-half-{args.images}x{args.passes}"
+
+
 def make_first_run(args, model, seed, method):
-    return make_run(args, False, model, seed, method, **compare.METHODS[method])
+    changes = compare.METHODS[method]
+    return make_run(args, False, first_folder(args), model, seed, method, **changes)
 
 
 def make_parser(doc):
@@ -71,18 +74,19 @@ def main():
     args = parser.parse_args()
     finetune_args = argparse.Namespace(**vars(args))
     finetune_args.images, finetune_args.passes = args.finetune_images, args.finetune_passes
+    folder = f"{first_folder(args)}-then-{args.finetune_images}x{args.finetune_passes}"
 
     first, second = {}, {}
     for seed, model in itertools.product(range(args.seeds), args.models):
         second[model, "from scratch", seed] = make_run(
-            finetune_args, True, model, seed, "from-scratch", mix="none"
+            finetune_args, True, folder, model, seed, "from-scratch", mix="none"
         )
         for method in compare.PAIR:
             run = make_first_run(args, model, seed, method)
-            checkpoint = str(Path(run.settings.out, "last.pt").resolve())
             first[model, method, seed] = run
+            changes = {"mix": "none", "finetune": str(Path(run.settings.out, "last.pt").resolve())}
             second[model, method, seed] = make_run(
-                finetune_args, True, model, seed, method, mix="none", finetune=checkpoint
+                finetune_args, True, folder, model, seed, method, **changes
             )
     common.run_all(first.values(), args.jobs)
     common.run_all(second.values(), args.jobs)
@@ -93,10 +97,8 @@ def main():
         top1 = common.read_results(second, model, starts, args.seeds)
         rows += [[model, *row] for row in common.make_rows(top1, "area")]
     text = common.markdown_table(["model", "trained with", "top-1 %", "difference to area"], rows)
-    text += (
-        f"\nFirst half: {common.describe(args)} Second half: {args.finetune_passes} passes over "
-    )
-    text += f"{args.finetune_images} images.\n"
+    text += f"\n{common.describe(args)} Then {args.finetune_passes} passes over "
+    text += f"{args.finetune_images} images of the other half of the classes.\n"
     common.write_results("transfer", text, args.runs)
 
 

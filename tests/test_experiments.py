@@ -158,7 +158,7 @@ def test_transfer_trains_on_half_of_the_classes_and_then_on_the_other_half(here,
         transfer, "--models", "vit_micro", "--finetune-images", 20, "--finetune-passes", 1
     )
     assert text.count("| vit_micro |") == 3
-    config = next(tmp_path.rglob("shapes-second-half-*/vit_micro-area-0/config.json"))
+    config = next(tmp_path.rglob("*-then-20x1/vit_micro-area-0/config.json"))
     finetune = json.loads(config.read_text())["finetune"]
     assert "shapes-first-half" in finetune and finetune.endswith("vit_micro-area-0/last.pt")
     log = config.with_name("log.txt").read_text()

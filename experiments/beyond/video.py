@@ -123,8 +123,9 @@ def measure_run(run, num_mixes):
     """As `rules.measure_run`: the shares by each rule, and the influence."""
     settings = run.settings
     model = common.load_model(run)
-    clips = run.open_datasets().val.tensors[0][: num_mixes // 2 * 2]
-    clips = data.normalize(clips.to(settings.device))
+    clips = run.open_datasets().val.tensors[0]
+    n = min(num_mixes, len(clips)) // 2 * 2
+    clips = data.normalize(clips[:n].to(settings.device))
     mask = cutmix_mask(data.uniform((len(clips), 4), "video").to(settings.device))
     mixed = tl_align.mix(clips, mask)
     blank = mixing_ratio.mean_patch(clips, settings.patch_size)

@@ -119,8 +119,7 @@ def measure(settings, checkpoint, args):
     """Everything of one checkpoint, a dict by name."""
     print(f"measuring {checkpoint}", flush=True)
     datasets = compare.open_images(args.data, args.root, args.clutter)
-    num_images = min(args.eval_images, len(datasets.val))
-    chosen = common.choose(datasets.val, num_images, "--eval-images", "val")
+    chosen = common.choose(datasets.val, args.eval_images, "--eval-images", "val")
     dataset = Subset(datasets.val, chosen)
     model = train.build_model(settings, len(datasets.classes))
     train.load_weights(model, checkpoint, datasets.classes)
@@ -179,9 +178,11 @@ def main():
         help="validation images, at most; 0: all [500]",
     )
     args = parser.parse_args()
+    num_images = len(compare.open_images(args.data, args.root, args.clutter).val)
+    args.eval_images = min(args.eval_images or num_images, num_images)
     results = measure_checkpoints(args) if args.checkpoints else measure_trained(args)
     text = "".join(make_table(model, methods) + "\n" for model, methods in results.items())
-    text += f"{args.eval_images or 'All'} validation images, if there are as many. "
+    text += f"{args.eval_images} validation images. "
     text += "" if args.checkpoints else common.describe(args)
     common.write_results("robustness", text + "\n", args.runs)
 

@@ -109,8 +109,8 @@ class Step:
         return (time.perf_counter() - start) / repeats
 
     def peak_memory(self):
-        """The most bytes that are allocated during a step, on CUDA. Weights, gradients and the
-        optimizer's state of the other steps that are compared do not count."""
+        """The most bytes that are allocated during a step, on CUDA, with its weights and the
+        optimizer's state, but without those of the other steps that are compared."""
         self.run()  # allocates the optimizer's state
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -137,6 +137,9 @@ def measure(settings, forms, rounds, repeats):
     for form in forms:
         for target in ["area"] if form == "timm" else TARGETS:
             steps[form, target] = Step(settings, form, target)
+    memory = {}
+    if settings.device == "cuda":
+        memory = {key: step.peak_memory() for key, step in steps.items()}
     seconds = {key: [] for key in steps}
     for _ in range(rounds):
         for key, step in steps.items():
@@ -150,9 +153,8 @@ def measure(settings, forms, rounds, repeats):
         for base in ((forms[0], "area"), area):
             ratios = [a / b for a, b in zip(seconds[key], seconds[base], strict=True)]
             row.append(common.show(ratios, digits=3))
-        if settings.device == "cuda":
-            peak = steps[key].peak_memory()
-            row += [f"{peak / 2**30:.2f}", f"{peak / steps[area].peak_memory():.3f}"]
+        if memory:
+            row += [f"{memory[key] / 2**30:.2f}", f"{memory[key] / memory[area]:.3f}"]
         rows.append(row)
     return rows
 
@@ -171,7 +173,7 @@ def main():
     torch._dynamo.config.cache_size_limit = 64  # a graph for each step of `measure`
 
     header = ["model", "px", "attention", "target", "images/s", f"time / {args.forms[0]}, area"]
-    header += ["time / area"]
+    header.append("time / area")
     rows = []
     for model in args.models:
         for size in args.sizes:

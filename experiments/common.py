@@ -205,10 +205,15 @@ def train_and_evaluate(run, loss=train.mixed_loss, model=None, make_loader=data.
 
 def load_model(run, model=None):
     """The model of a finished run, in evaluation mode, without gradients."""
-    settings, classes = run.settings, run.open_datasets().classes
+    checkpoint = Path(run.settings.out, "last.pt")
+    return load_checkpoint(run.settings, checkpoint, run.open_datasets().classes, model)
+
+
+def load_checkpoint(settings, checkpoint, classes, model=None):
+    """The model of a checkpoint, in evaluation mode, without gradients. Raises UserError."""
     if model is None:
         model = train.build_model(settings, len(classes))
-    train.load_weights(model, Path(settings.out, "last.pt"), classes)
+    train.load_weights(model, checkpoint, classes)
     return model.to(settings.device).eval().requires_grad_(False)
 
 

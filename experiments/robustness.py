@@ -121,9 +121,7 @@ def measure(settings, checkpoint, args):
     datasets = compare.open_images(args.data, args.root, args.clutter)
     chosen = common.choose(datasets.val, args.eval_images, "--eval-images", "val")
     dataset = Subset(datasets.val, chosen)
-    model = train.build_model(settings, len(datasets.classes))
-    train.load_weights(model, checkpoint, datasets.classes)
-    model = model.to(settings.device).eval().requires_grad_(False)
+    model = common.load_checkpoint(settings, checkpoint, datasets.classes)
     results = measure_variants(model, dataset, settings)
     for folder in args.folders:
         results[folder] = measure_folder(model, folder, datasets.classes, settings)

@@ -310,7 +310,8 @@ def make_error_rows(measured):
 
 def main():
     parser = common.make_image_parser(__doc__)
-    parser.set_defaults(models=list(MODELS), clutter=0.0)
+    parser.set_defaults(models=list(MODELS))
+    parser.set_defaults(clutter=0.0)  # for `compare.open_datasets`
     add = parser.add_argument
     add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     add("--mixes", type=train.number(int, 10), default=600, help="mixed images to look at [600]")

@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import fcntl
+import functools
 import json
 import math
 import os
@@ -651,7 +652,7 @@ class Progress:
     """How far a run is; saved with its checkpoints."""
 
     step: int = 0  # optimizer steps so far
-    best_top1: float = -1.0
+    best_top1: float = -1.0  # the best of the validation's first results
     history: list = dataclasses.field(default_factory=list)  # an entry per epoch, see `end_epoch`
     epoch_loss: float = 0.0  # sums over the steps of the epoch so far
     epoch_seconds: float = 0.0
@@ -833,7 +834,7 @@ def check_losses(losses, step):
 
 @torch.no_grad()
 def evaluate(model, loader, args):
-    """Top-1 and top-5 accuracy in percent. loader: this process's images, from
+    """Top-1 and top-5 accuracy in percent, a dict. loader: this process's images, from
     `data.make_val_loader`."""
     model.eval()
     counts = torch.zeros(3, device=args.device)  # correct, correct among the first five, images
@@ -848,19 +849,28 @@ def evaluate(model, loader, args):
     if get_world_size() > 1:
         dist.all_reduce(counts)
     top1, top5, total = counts.tolist()
-    return round(100 * top1 / total, 3), round(100 * top5 / total, 3)
+    return {
+        "val_top1": round(100 * top1 / total, 3),
+        "val_top5": round(100 * top5 / total, 3),
+    }
 
 
 def train(
     args,
     datasets,
     model,
-    loss=mixed_loss,
+    validate,
     checkpoint=None,
+    loss=mixed_loss,
     make_loader=data.make_train_loader,
 ):
     """Train a model, from the start or from a checkpoint of `find_checkpoint`, and write its run
-    to the folder --out. loss: like `mixed_loss`. make_loader: like `data.make_train_loader`."""
+    to the folder --out. Returns its progress.
+
+    validate(model): a dict of results after an epoch, for metrics.jsonl; best.pt is of the epoch
+    whose first result is the largest. loss: like `mixed_loss`. make_loader: like
+    `data.make_train_loader`.
+    """
     out = Path(args.out)
     identity = run_identity(args, datasets)
     trainer = Trainer(args, model, loss)
@@ -870,11 +880,10 @@ def train(
         print0(f"{out}: resuming after step {progress.step}")
     check_same_step(progress.step, out)
     if len(progress.history) >= args.epochs:
-        print0(f"{out} is finished: best top-1 {progress.best_top1:.2f} %")
-        return
+        print0(f"{out} is finished")
+        return progress
     prepare_folder(out, args, is_new=checkpoint is None)
     loader = make_loader(datasets.train, args, trainer.share)
-    val_loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
     num_parameters = sum(p.numel() for p in model.parameters())
     print0(
         f"{len(datasets.train)} training images, {len(datasets.val)} validation images, "
@@ -892,35 +901,36 @@ def train(
             if any_process(stop.signal != 0):
                 print0(f"stopped after step {progress.step}: the same command resumes the run")
                 sys.exit(128 + (stop.signal or signal.SIGTERM))
-            top1, top5 = evaluate(trainer.eval_model, val_loader, args)
-            is_best = top1 > progress.best_top1
-            end_epoch(progress, top1, top5, len(loader), args)
+            is_best = end_epoch(progress, validate(trainer.eval_model), len(loader), args)
             if get_rank() == 0:  # before last.pt, which says that the epoch is done
                 lines = [json.dumps(entry) + "\n" for entry in progress.history]
                 write_text(out / "metrics.jsonl", "".join(lines))
             if is_best:
                 trainer.save(out / "best.pt", progress, identity)
             save_last()
-    print0(f"finished: top-1 {top1:.2f} %, best {progress.best_top1:.2f} %; see {out}")
-    print0(f"to draw the aligned labels: python experiments/picture.py {out}/best.pt")
+    return progress
 
 
-def end_epoch(progress, top1, top5, steps_per_epoch, args):
-    """Add the line of an epoch in metrics.jsonl to the history. Accuracies are in percent."""
+def end_epoch(progress, results, steps_per_epoch, args):
+    """Add the line of an epoch in metrics.jsonl to the history. results: of the validation. Returns
+    whether the first of them is the best so far."""
     entry = {
         "epoch": len(progress.history) + 1,
         "step": progress.step,
         "train_loss": round(progress.epoch_loss / steps_per_epoch, 5),
-        "val_top1": top1,
-        "val_top5": top5,
+        **results,
         "lr": lr_at(progress.step - 1, args, steps_per_epoch),
         "images_per_s": round(steps_per_epoch * args.batch_size / progress.epoch_seconds, 1),
         "data_wait": round(progress.epoch_waited / progress.epoch_seconds, 4),  # share of the time
     }
-    print0(f"epoch {entry['epoch']}/{args.epochs}  top-1 {top1:.2f} %  top-5 {top5:.2f} %")
+    shown = "  ".join(f"{name} {value:.2f}" for name, value in results.items())
+    print0(f"epoch {entry['epoch']}/{args.epochs}  {shown}")
     progress.history.append(entry)
-    progress.best_top1 = max(progress.best_top1, top1)
     progress.epoch_loss = progress.epoch_seconds = progress.epoch_waited = 0.0
+    score = next(iter(results.values()))
+    is_best = score > progress.best_top1
+    progress.best_top1 = max(progress.best_top1, score)
+    return is_best
 
 
 def check_same_step(step, out):
@@ -982,14 +992,18 @@ def run(argv):
             checkpoint = find_checkpoint(args, datasets)
             if args.finetune and checkpoint is None:
                 load_weights(model, args.finetune, datasets.classes, new_head=True)
+    val_loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
+    validate = functools.partial(evaluate, loader=val_loader, args=args)
     if args.eval:
-        loader = data.make_val_loader(datasets.val, args, get_rank(), get_world_size())
-        top1, top5 = evaluate(model.to(args.device), loader, args)
+        top1, top5 = validate(model.to(args.device)).values()
         print0(f"{args.eval}: top-1 {top1:.2f} %, top-5 {top5:.2f} % of {len(datasets.val)} images")
     else:
         settings = {name: value for name, value in vars(args).items() if value is not None}
         print0("  ".join(f"{name} {value}" for name, value in settings.items()))
-        train(args, datasets, model, checkpoint=checkpoint)
+        progress = train(args, datasets, model, validate, checkpoint)
+        top1, best = progress.history[-1]["val_top1"], progress.best_top1
+        print0(f"finished: top-1 {top1:.2f} %, best {best:.2f} %; see {args.out}")
+        print0(f"to draw the aligned labels: python experiments/picture.py {args.out}/best.pt")
         lock.close()
 
 

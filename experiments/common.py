@@ -1,10 +1,13 @@
 """Shared by the experiments: runs in parallel, predictions, statistics and tables.
 
-A run has a folder of its own under --runs. The same command continues where it was stopped:
-finished runs are skipped, and a folder that holds another run is an error.
+A run is one of `train.train`, in a folder of its own in --runs whose name ends in a digest of its
+settings and images. So the same command continues where it was stopped and skips what is finished,
+and another command trains anew.
 """
 
 import argparse
+import functools
+import hashlib
 import json
 import math
 import multiprocessing
@@ -15,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,11 +99,11 @@ def make_folder(path):
 
 
 class Run(NamedTuple):
-    """A run of an experiment, in the folder settings.out. All of it can be pickled."""
+    """A run of an experiment. All of it can be pickled."""
 
-    settings: argparse.Namespace  # as train.py has them
+    settings: argparse.Namespace  # as train.py has them; its folder is settings.out
     open_datasets: Callable  # returns a data.Datasets
-    function: Callable  # function(run) trains, and returns a dict of results
+    function: Callable  # function(run) trains
 
 
 def choose(dataset, num_images, flag, *name):
@@ -122,59 +125,49 @@ def choose_images(datasets, args, seed):
     )
 
 
-def make_settings(args, datasets, model, seed, out, **changes):
-    """The complete settings of a run, as train.py has them, for the flags of an experiment.
+def make_run(args, model, label, seed, open_datasets, function, **changes):
+    """A run of an experiment with few images. Raises UserError.
 
-    datasets: those of the run, from `choose_images`. model: one of train.MODELS. changes: settings
-    that differ, such as targets="area", and what else tells the run from others.
-    Raises UserError.
+    args: the flags of the experiment. model: one of train.MODELS. label: what its folder's name
+    starts with. open_datasets: returns the images, see `choose_images`. changes: settings that
+    differ from others', such as targets="area".
     """
     if model not in train.MODELS:
         raise UserError(f"--models {model}: expected some of {', '.join(train.MODELS)}")
     argv = ["--data", args.data, "--root", args.root, "--model", model]
-    argv += ["--seed", str(seed), "--device", args.device, "--out", out]
-    settings = train.parse_args(argv)
+    settings = train.parse_args([*argv, "--seed", str(seed), "--device", args.device])
     settings.epochs = 1
     settings.batch_size = args.batch_size
     settings.mix_prob = 1.0
+    datasets = open_datasets()
     image_size = data.median_size(datasets.train)
     if image_size <= data.SMALL_SIZE:
         settings.workers = 0  # they would take longer to start
-    vars(settings).update(changes)
+    vars(settings).update(images=args.images, passes=args.passes, **changes)
     train.fill_defaults(settings, image_size, len(datasets.train), datasets.hflip)
     train.check_args(settings, len(datasets.train))
-    return settings
+    set_folder(settings, datasets, args.runs, label)
+    return Run(settings, open_datasets, function)
+
+
+def set_folder(settings, datasets, runs, label):
+    """Give a run its folder in --runs. label: what its name starts with."""
+    label = label.replace(" ", "-")
+    identity = train.run_identity(settings, datasets)
+    identity["args"] = {
+        name: value for name, value in vars(settings).items() if name not in train.RESUMABLE_ARGS
+    }
+    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=4).hexdigest()
+    settings.out = f"{runs}/{Path(settings.data).resolve().name}/{label}-{settings.seed}-{digest}"
 
 
 def read_result(run):
-    """The results of a run, or None if it is not finished. Raises UserError if its folder holds
-    another run."""
-    path = Path(run.settings.out, "result.json")
-    if not path.exists():
-        return None
-    result = json.loads(path.read_text())
-    with another_runs_folder():
-        train.check_same_run(run.settings, run.open_datasets(), result)
-    return result
+    """What a run has written at its end, a dict, or None if it is not finished."""
+    path = Path(run.settings.out, "metrics.jsonl")
+    return json.loads(path.read_text()) if path.exists() else None
 
 
-def find_checkpoint(run):
-    """The last checkpoint of a run, or None. Raises UserError if its folder holds another run."""
-    with another_runs_folder():
-        return train.find_checkpoint(run.settings, run.open_datasets())
-
-
-@contextmanager
-def another_runs_folder():
-    """Tell what to do, in an experiment, if a folder holds another run."""
-    try:
-        yield
-    except UserError as error:
-        reason, *_ = str(error).split(";")
-        raise UserError(f"{reason}; give another --runs") from error
-
-
-def read_results(runs, model, names, num_seeds, key="top1"):
+def read_results(runs, model, names, num_seeds, key="val_top1"):
     """A result of finished runs, {name: a list over seeds}. runs: {(model, name, seed): Run}."""
     return {
         name: [read_result(runs[model, name, seed])[key] for seed in range(num_seeds)]
@@ -182,25 +175,23 @@ def read_results(runs, model, names, num_seeds, key="top1"):
     }
 
 
-def train_and_evaluate(run, loss=train.mixed_loss, model=None, make_loader=data.make_train_loader):
-    """Train the model of a run, or resume it. Returns its accuracy and calibration in percent.
+def train_run(run, model=None, validate=None, **options):
+    """Train the model of a run, or resume it. The run is one epoch.
 
-    loss, make_loader: as for `train.train`. model: by default the one of the settings.
+    model: by default the one of the settings. validate: as for `train.train`; by default
+    `measure_accuracy`. options: for `train.train`.
     """
     settings, datasets = run.settings, run.open_datasets()
     if model is None:
         model = train.build_model(settings, len(datasets.classes))
+        if settings.finetune:
+            train.load_weights(model, settings.finetune, datasets.classes, new_head=True)
+    if validate is None:
+        validate = functools.partial(measure_accuracy, dataset=datasets.val, settings=settings)
     lock = train.lock_folder(settings.out)
-    checkpoint = find_checkpoint(run)
-    if settings.finetune and checkpoint is None:
-        train.load_weights(model, settings.finetune, datasets.classes, new_head=True)
-    train.train(settings, datasets, model, loss, checkpoint, make_loader)
+    checkpoint = train.find_checkpoint(settings, datasets)
+    train.train(settings, datasets, model, validate, checkpoint, **options)
     lock.close()
-    logits, targets = predict(model.eval(), datasets.val, settings)
-    return {
-        "top1": accuracy(logits, targets),
-        "calibration_error": calibration_error(logits, targets),
-    }
 
 
 def load_model(run, model=None):
@@ -258,20 +249,17 @@ def run_all(runs, num_processes=None):
 
 
 def do_run(run, progress):
-    """Do a run, and write its result.json. progress: to be printed, such as "3/24"."""
+    """Do a run. progress: to be printed, such as "3/24"."""
     folder = make_folder(run.settings.out)
     try:
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            result = run.function(run)
+            run.function(run)
     except SystemExit:  # of training that was asked to stop
         if multiprocessing.parent_process() is None:
             raise KeyboardInterrupt from None
         data.kill_workers()
         os._exit(1)  # a process of the pool would go on with the next run
-    if train.get_rank() == 0:
-        identity = train.run_identity(run.settings, run.open_datasets())
-        train.write_text(folder / "result.json", json.dumps({**identity, **result}))
-        print(f"{progress} {folder}", flush=True)
+    data.print0(f"{progress} {folder}")
 
 
 def begin_process():
@@ -296,6 +284,16 @@ def center_crops(dataset, indices, size):
     return torch.stack([data.center_crop(dataset[i][0], size) for i in indices])
 
 
+def measure_accuracy(model, dataset, settings):
+    """Top-1 and the calibration error in percent, a dict."""
+    logits, targets = predict(model.eval(), dataset, settings)
+    top1 = (logits.argmax(1) == targets).float().mean().item()
+    return {
+        "val_top1": round(100 * top1, 3),
+        "calibration_error": calibration_error(logits, targets),
+    }
+
+
 @torch.no_grad()
 def predict(model, dataset, settings):
     """Logits (n, classes) and targets (n,) of a dataset's evaluation crops."""
@@ -306,11 +304,6 @@ def predict(model, dataset, settings):
         logits.append(model(data.normalize(images)))
         targets.append(batch_targets)
     return torch.cat(logits), torch.cat(targets)
-
-
-def accuracy(logits, targets):
-    """Top-1 in percent."""
-    return round(100 * (logits.argmax(1) == targets).float().mean().item(), 3)
 
 
 def calibration_error(logits, targets, num_bins=15):
@@ -324,7 +317,7 @@ def calibration_error(logits, targets, num_bins=15):
 
 
 # ------------------------------------------------------------------------------------------------
-# Intervals, tables and charts.
+# Intervals and tables.
 
 # The 97.5 % point of Student's t for 1 to 30 degrees of freedom.
 STUDENT = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
@@ -374,26 +367,3 @@ def write_results(name, text, folder):
     path = make_folder(folder) / f"{name}.md"
     train.write_text(path, text)
     print(f"\n{text}\nwritten to {path}", flush=True)
-
-
-def line_chart(path, x, lines, xlabel, ylabel, title=""):
-    """Draw lines to an image file where matplotlib is installed; a line says so where not.
-
-    x: numbers or names. lines: a dict of name: values, or name: (values, half-intervals).
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print(f"{path} is not drawn: matplotlib is not installed")
-        return
-    figure = Figure(figsize=(5, 3.5), layout="constrained")
-    axes = figure.subplots()
-    for name, values in lines.items():
-        halves = None
-        if isinstance(values, tuple):
-            values, halves = values
-        axes.errorbar(x, values, halves, marker="o", markersize=4, capsize=3, label=name)
-    axes.set_xticks(x)
-    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-    axes.legend()
-    figure.savefig(path)

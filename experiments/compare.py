@@ -16,7 +16,6 @@ above zero.
 import functools
 import itertools
 import math
-from pathlib import Path
 
 import torch
 from torch.utils.data import TensorDataset
@@ -25,10 +24,10 @@ import common
 import data
 import train
 from data import UserError
-from oracle import ObjectLoss
+from oracle import ObjectLoader, object_loss
 from transmix import transmix_loss
 
-ORACLE = "objects (oracle)"
+ORACLE = "oracle"
 
 # What differs in the settings of train.py.
 METHODS = {
@@ -38,7 +37,6 @@ METHODS = {
     "TL-Align": {"targets": "tl_align"},
     ORACLE: {},
 }
-
 
 PAIR = ("area", "TL-Align")  # what other experiments compare
 
@@ -93,34 +91,28 @@ def add_clutter(images, amount, part):
 
 def make_runs(args, methods):
     """The runs of --models and methods with every seed, {(model, method, seed): common.Run}."""
-    folder = f"{Path(args.data).resolve().name}-{args.images}x{args.passes}"
-    folder += f"-batch{args.batch_size}-mix{args.mix_prob:g}-clutter{args.clutter:g}"
     runs = {}
     for seed, model, method in itertools.product(range(args.seeds), args.models, methods):
         if method == "TransMix" and model.startswith("swin"):
             continue  # without a class token
         if method == ORACLE and args.data != "shapes":
             continue
-        method_name = method.split(" (")[0].replace(" ", "-")
-        out = f"{args.runs}/{folder}/{model}-{method_name}-{seed}"
+        changes = {"mix_prob": args.mix_prob, "clutter": args.clutter, "method": method}
+        changes |= METHODS[method]
         open_run_datasets = functools.partial(open_datasets, args, seed)
-        settings = common.make_settings(
-            args, open_run_datasets(), model, seed, out, mix_prob=args.mix_prob, **METHODS[method]
+        runs[model, method, seed] = common.make_run(
+            args, model, f"{model}-{method}", seed, open_run_datasets, train_run, **changes
         )
-        settings.method = method  # the loss is no setting of train.py
-        runs[model, method, seed] = common.Run(settings, open_run_datasets, train_run)
     return runs
 
 
 def train_run(run):
-    loss = train.mixed_loss
     if run.settings.method == "TransMix":
-        loss = transmix_loss
+        common.train_run(run, loss=transmix_loss)
     elif run.settings.method == ORACLE:
-        checkpoint = common.find_checkpoint(run)
-        step = 0 if checkpoint is None else checkpoint["progress"]["step"]
-        loss = ObjectLoss(run.open_datasets().train.indices, run.settings, step)
-    return common.train_and_evaluate(run, loss)
+        common.train_run(run, loss=object_loss, make_loader=ObjectLoader)
+    else:
+        common.train_run(run)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import math
 import os
-import signal
 import statistics
 import sys
 from pathlib import Path
@@ -171,10 +170,10 @@ class Augmented(Dataset):
 
 
 class Loader(DataLoader):
-    """Batches on the device for `train.train_one_epoch`: images (b, 3, S, S) uint8, and a list of
-    b targets, dicts of tensors. share: the slice of each batch that this process trains on."""
+    """Training batches for `train.train`, as `data.FileLoader`, with other targets: images (b, 3,
+    S, S) uint8, and a list of b targets, dicts of tensors. transform: see `Augmented`."""
 
-    def __init__(self, dataset, transform, settings, share):
+    def __init__(self, dataset, settings, share, transform):
         num_places = settings.steps * settings.batch_size
         super().__init__(
             Augmented(dataset, transform),
@@ -208,33 +207,18 @@ def to_device(target, device):
 def finetune(run, model, loss, transform, score):
     """Fine-tune a model, from the last checkpoint of its run if there is one, and score it.
 
-    loss: as for `train.Trainer`. score(model, dataset, settings): a dict of results. model.depth is
+    loss: as for `train.train`. score(model, dataset, settings): a dict of results. model.depth is
     that of the backbone, for drop path.
     """
-    settings, datasets = run.settings, run.open_datasets()
-    out = Path(settings.out)
-    identity = train.run_identity(settings, datasets)
-    lock = train.lock_folder(out)
-    checkpoint = common.find_checkpoint(run)
-    trainer = train.Trainer(settings, model, loss)
-    progress = train.Progress() if checkpoint is None else trainer.load(checkpoint)
-    train.check_same_step(progress.step, out)
-    train.prepare_folder(out, settings, is_new=checkpoint is None)
-    loader = Loader(datasets.train, transform, settings, trainer.share)
+    settings, dataset = run.settings, run.open_datasets().val
 
-    def save():
-        trainer.save(out / "last.pt", progress, identity)
+    @torch.no_grad()
+    def validate(model):
+        with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
+            return score(model.eval(), dataset, settings)
 
-    with train.StopRequest() as stop:
-        train.train_one_epoch(trainer, loader, progress, stop, save)
-        save()
-        if train.any_process(stop.signal != 0):
-            data.print0(f"stopped after step {progress.step}: the same command resumes the run")
-            sys.exit(128 + (stop.signal or signal.SIGTERM))
-    with torch.no_grad(), torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
-        scores = score(trainer.eval_model.eval(), datasets.val, settings)
-    lock.close()
-    return scores
+    make_loader = functools.partial(Loader, transform=transform)
+    common.train_run(run, model, validate, loss=loss, make_loader=make_loader)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -286,7 +270,7 @@ def find_starts(args):
         for method in compare.PAIR:
             starts[model, method] = []
             for seed in range(args.seeds):
-                run = transfer.make_first_run(first_args, model, seed, method)
+                run = transfer.make_first_run(first_args, model, method, seed)
                 starts[model, method].append(f"{run.settings.out}/last.pt")
                 runs.append(run)
         # Their weights are not loaded: they only say which model to build.
@@ -297,14 +281,15 @@ def find_starts(args):
     return starts
 
 
-def make_settings(args, recipes, datasets, checkpoint, seed, out):
+def make_settings(args, recipes, datasets, checkpoint, seed):
     """The settings of a run: train.py's, and size, steps, scratch, and what else is in the recipe.
     recipes: for small and for large images."""
     num_images = len(datasets.train)
-    argv = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device, "--out", out]
+    argv = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device]
     settings = train.parse_args(argv)  # with the settings of the checkpoint's model
     settings.eval = None
     settings.finetune = str(Path(checkpoint).resolve())
+    settings.finetune_digest = hashlib.blake2b(Path(checkpoint).read_bytes()).hexdigest()
     settings.data = args.data
     settings.workers = args.workers
     settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)
@@ -338,13 +323,12 @@ def run(name, args, recipes, open_datasets, tune, measures):
     runs = {}
     for (model, start), checkpoints in starts.items():
         for seed, checkpoint in enumerate(checkpoints):
-            label = Path(start).stem if args.checkpoints else f"{model}-{start.replace(' ', '-')}"
-            digest = hashlib.blake2b(Path(checkpoint).read_bytes(), digest_size=4).hexdigest()
-            folder = f"{args.runs}/{name}-{Path(args.data).resolve().name}"
-            out = f"{folder}/{label}-{digest}-{seed}"
+            label = Path(start).stem if args.checkpoints else f"{model}-{start}"
             open_run_datasets = functools.partial(open_datasets, args.data, seed)
-            settings = make_settings(args, recipes, open_run_datasets(), checkpoint, seed, out)
+            settings = make_settings(args, recipes, open_run_datasets(), checkpoint, seed)
             settings.scratch = start == "from scratch"
+            settings.experiment = name
+            common.set_folder(settings, open_run_datasets(), args.runs, f"{name}-{label}")
             runs[model, start, seed] = common.Run(settings, open_run_datasets, tune)
     common.run_all(runs.values(), args.jobs)
     if train.get_rank() != 0:

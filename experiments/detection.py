@@ -307,7 +307,7 @@ def tune(run):
     datasets = run.open_datasets()
     has_masks = "masks" in datasets.train[0][1]
     model = Detector(run.settings, len(datasets.classes), has_masks)
-    return dense.finetune(run, model, loss, make_transform(run.settings), score)
+    dense.finetune(run, model, loss, make_transform(run.settings), score)
 
 
 def main():

@@ -152,16 +152,25 @@ def make_row(shares, key, truths):
 
 
 def draw(path, shares, title):
-    """A chart of the error of the influence after each layer."""
-    last = max(layer for method, layer in shares if method == "TL-Align")
-    lines = {}
+    """A chart of the error of the influence after each layer, where matplotlib is installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"{path} is not drawn: matplotlib is not installed")
+        return
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    axes = figure.subplots()
+    layers = [layer for method, layer in shares if method == "TL-Align"]
     for method in ("area", "TransMix", "TL-Align"):
-        keys = [(method, layer) for layer in range(1, last + 1)]
-        keys = [key if key in shares else (method, "") for key in keys]
-        if keys[0] in shares:
-            scores = [common.interval(errors(shares[key], shares["influence", ""])) for key in keys]
-            lines[method] = tuple(zip(*scores, strict=True))
-    common.line_chart(path, range(1, last + 1), lines, "layer", "error of the share", title)
+        own = [shares[key] for key in shares if key[0] == method]  # of each layer, or of all
+        scores = [common.interval(errors(x, shares["influence", ""])) for x in own]
+        if scores:
+            means, halves = zip(*scores * (len(layers) // len(scores)), strict=True)
+            axes.errorbar(layers, means, halves, marker="o", markersize=4, capsize=3, label=method)
+    axes.set_xticks(layers)
+    axes.set(xlabel="layer", ylabel="error of the share", title=title)
+    axes.legend()
+    figure.savefig(path)
 
 
 def main():

@@ -1,7 +1,7 @@
 """The share of the object pixels that a mix shows, as a target: a ceiling for any rule for labels.
 
-It is known for the built-in images, whose objects are drawn. `ObjectLoss` is a loss for
-`train.train`, in the place of `train.mixed_loss`.
+It is known for the built-in images, whose objects are drawn. `ObjectLoader` and `object_loss` are
+for `train.train`, in the place of `data.make_train_loader` and `train.mixed_loss`.
 """
 
 import torch
@@ -22,37 +22,39 @@ def object_share(objects, mask):
     return pasted / (own + pasted)
 
 
-class ObjectLoss:
-    """A loss whose target is `object_share`, or the area's where no object is seen.
+class ObjectLoader:
+    """Training batches of built-in images, whose targets are pairs: the class, and the crop of the
+    object's mask, (3, S, S) uint8. Used like `data.FileLoader`.
 
-    The trainer's images do not bring their masks. But the order and the crops of a loader depend
-    on the seed, the epoch and the step only, so a second loader, of the masks, gives the crops of
-    the masks of the same images. Nothing else moves pixels: no flips, no full augmentation.
-
-    indices: of the training images, among the built-in ones. step: the first step, 0 unless a run
-    is resumed.
+    The order and the crops of a loader depend on the seed, the epoch and the step only, so those of
+    the masks are those of the images. Nothing else moves pixels: no flips, no full augmentation.
+    dataset: a Subset of the built-in images.
     """
 
-    def __init__(self, indices, settings, step=0):
+    def __init__(self, dataset, args, share):
         _, classes, masks = data.shapes(data.SHAPES_TRAIN, 0)
         masks = masks[:, None].expand(-1, 3, -1, -1).to(torch.uint8)
-        dataset = Subset(TensorDataset(masks, classes), indices)
-        self.loader = data.make_train_loader(dataset, settings, slice(None))
-        self.batches = self.batches_from(step)
+        masks = Subset(TensorDataset(masks, classes), dataset.indices)
+        self.image_loader = data.make_train_loader(dataset, args, share)
+        self.mask_loader = data.make_train_loader(masks, args, share)
 
-    def batches_from(self, step):
-        while True:
-            epoch, first_step = divmod(step, len(self.loader))
-            self.loader.set_epoch(epoch, first_step)
-            for batch in self.loader:
-                yield batch
-                step += 1
+    def set_epoch(self, epoch, first_step=0):
+        self.image_loader.set_epoch(epoch, first_step)
+        self.mask_loader.set_epoch(epoch, first_step)
 
-    def __call__(self, model, images, targets, mask, rand, args):
-        masks, mask_targets = next(self.batches)
-        if not torch.equal(targets, mask_targets):
-            raise ValueError("the masks are not those of the images")
-        share = object_share(masks[:, :1].float(), mask)
-        share = torch.where(share.isnan(), mask.mean((2, 3)), share)
-        logits = model(tl_align.mix(images, mask), rand=rand)
-        return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
+    def __len__(self):
+        return len(self.image_loader)
+
+    def __iter__(self):
+        for (images, classes), (masks, _) in zip(self.image_loader, self.mask_loader, strict=True):
+            yield images, list(zip(classes, masks, strict=True))
+
+
+def object_loss(model, images, targets, mask, rand, args):
+    """The loss of a batch whose target is `object_share`, or the area's where no object is seen.
+    targets: from `ObjectLoader`. Other arguments as for `train.mixed_loss`."""
+    classes, objects = (torch.stack(column) for column in zip(*targets, strict=True))
+    share = object_share(objects[:, :1].float(), mask)
+    share = torch.where(share.isnan(), mask.mean((2, 3)), share)
+    logits = model(tl_align.mix(images, mask), rand=rand)
+    return tl_align.mixed_cross_entropy(logits.float(), classes, share, args.smoothing)

@@ -266,7 +266,7 @@ def score(model, dataset, settings):
 
 def tune(run):
     model = Segmenter(run.settings, len(run.open_datasets().classes))
-    return dense.finetune(run, model, loss, make_transform(run.settings), score)
+    dense.finetune(run, model, loss, make_transform(run.settings), score)
 
 
 def main():

@@ -42,21 +42,15 @@ def open_datasets(args, is_second, seed):
     return common.choose_images(half_of(args.data, args.root, is_second), args, seed)
 
 
-def make_run(args, is_second, folder, model, seed, name, **changes):
-    """A run on one half of the classes. folder: in --runs, of the runs on this half."""
-    out = f"{args.runs}/{folder}/{model}-{name}-{seed}"
+def make_run(args, is_second, model, method, seed, **changes):
+    """A run on one half of the classes."""
+    label = f"{'second' if is_second else 'first'}-half-{model}-{method}"
     open_run_datasets = functools.partial(open_datasets, args, is_second, seed)
-    settings = common.make_settings(args, open_run_datasets(), model, seed, out, **changes)
-    return common.Run(settings, open_run_datasets, common.train_and_evaluate)
+    return common.make_run(args, model, label, seed, open_run_datasets, common.train_run, **changes)
 
 
-def first_folder(args):
-    return f"{Path(args.data).resolve().name}-first-half-{args.images}x{args.passes}"
-
-
-def make_first_run(args, model, seed, method):
-    changes = compare.METHODS[method]
-    return make_run(args, False, first_folder(args), model, seed, method, **changes)
+def make_first_run(args, model, method, seed):
+    return make_run(args, False, model, method, seed, **compare.METHODS[method])
 
 
 def make_parser(doc):
@@ -74,19 +68,16 @@ def main():
     args = parser.parse_args()
     finetune_args = argparse.Namespace(**vars(args))
     finetune_args.images, finetune_args.passes = args.finetune_images, args.finetune_passes
-    folder = f"{first_folder(args)}-then-{args.finetune_images}x{args.finetune_passes}"
-
     first, second = {}, {}
     for seed, model in itertools.product(range(args.seeds), args.models):
-        second[model, "from scratch", seed] = make_run(
-            finetune_args, True, folder, model, seed, "from-scratch", mix="none"
-        )
+        start = "from scratch"
+        second[model, start, seed] = make_run(finetune_args, True, model, start, seed, mix="none")
         for method in compare.PAIR:
-            run = make_first_run(args, model, seed, method)
+            run = make_first_run(args, model, method, seed)
             first[model, method, seed] = run
-            changes = {"mix": "none", "finetune": str(Path(run.settings.out, "last.pt").resolve())}
+            checkpoint = str(Path(run.settings.out, "last.pt").resolve())
             second[model, method, seed] = make_run(
-                finetune_args, True, folder, model, seed, method, **changes
+                finetune_args, True, model, method, seed, mix="none", finetune=checkpoint
             )
     common.run_all(first.values(), args.jobs)
     common.run_all(second.values(), args.jobs)

@@ -61,7 +61,7 @@ def test_run_writes_checkpoints_metrics_and_settings(train, folder, tmp_path, fl
     assert json.loads(files["config.json"])["batch_size"] == 8
     again = train(*args)
     best = max(line["val_top1"] for line in lines)
-    assert again.status == 0 and f"run is finished: best top-1 {best:.2f} %" in again.out
+    assert again.status == 0 and f"best {best:.2f} %" in again.out
     assert read_files(run) == files
     evaluated = train("--eval", run / "last.pt", "--workers", 0)  # with its own data and model
     assert f"top-1 {lines[-1]['val_top1']:.2f} %" in evaluated.out, evaluated.err
@@ -283,7 +283,7 @@ def test_last_checkpoint_is_written_every_save_minutes(train, folder, monkeypatc
 
 def test_best_checkpoint_is_of_the_best_epoch(train, folder, tmp_path, monkeypatch):
     top1 = [50.0, 75.0, 62.5]
-    monkeypatch.setattr(script, "evaluate", lambda *args: (top1.pop(0), 100.0))
+    monkeypatch.setattr(script, "evaluate", lambda *_, **__: {"val_top1": top1.pop(0)})
     done = train("--data", folder, *TINY, "--epochs", 3, "--out", "run")
     assert "finished: top-1 62.50 %, best 75.00 %" in done.out
     history = torch.load(tmp_path / "run" / "best.pt", weights_only=True)["progress"]["history"]

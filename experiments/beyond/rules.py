@@ -229,31 +229,27 @@ TARGETS = {
 
 def make_runs(args):
     """{(model, target, seed): common.Run}."""
-    folder = f"rules-{Path(args.data).resolve().name}-{args.images}x{args.passes}"
-    folder += f"-batch{args.batch_size}"
     runs = {}
     for seed, model, target in itertools.product(range(args.seeds), args.models, args.targets):
         open_datasets = functools.partial(compare.open_datasets, args, seed)
-        out = f"{args.runs}/{folder}/{model}-{target}-{seed}"
-        settings = common.make_settings(
-            args, open_datasets(), MODELS[model][1], seed, out, compile=False, **TARGETS[target]
+        changes = {"compile": False, "architecture": model, **TARGETS[target]}
+        runs[model, target, seed] = common.make_run(
+            args, MODELS[model][1], f"{model}-{target}", seed, open_datasets, train_run, **changes
         )
-        settings.model = model
-        runs[model, target, seed] = common.Run(settings, open_datasets, train_run)
     return runs
 
 
 def make_model(run):
     settings = run.settings
     torch.manual_seed(settings.seed)
-    model_class, _ = MODELS[settings.model]
+    model_class, _ = MODELS[settings.architecture]
     sizes = {"img_size": settings.img_size, "patch_size": settings.patch_size}
     return model_class(num_classes=len(run.open_datasets().classes), **sizes)
 
 
 def train_run(run):
     loss = rule_loss if hasattr(run.settings, "rule") else train.mixed_loss
-    return common.train_and_evaluate(run, loss, make_model(run))
+    common.train_run(run, make_model(run), loss=loss)
 
 
 # ------------------------------------------------------------------------------------------------

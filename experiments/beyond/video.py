@@ -115,7 +115,7 @@ class ClipLoader(data.InMemoryLoader):
 
 
 def train_run(run):
-    return common.train_and_evaluate(run, clip_loss, make_loader=ClipLoader)
+    common.train_run(run, loss=clip_loss, make_loader=ClipLoader)
 
 
 @torch.no_grad()
@@ -138,10 +138,10 @@ def make_runs(args):
     runs = {}
     for seed, method in itertools.product(range(args.seeds), METHODS):
         open_datasets = functools.partial(make_datasets, args, seed)
-        out = f"{args.runs}/clips-{args.images}x{args.passes}/{method}-{seed}"
         changes = compare.METHODS[method]
-        settings = common.make_settings(args, open_datasets(), "vit_micro", seed, out, **changes)
-        runs["", method, seed] = common.Run(settings, open_datasets, train_run)
+        runs["", method, seed] = common.make_run(
+            args, "vit_micro", f"vit_micro-{method}", seed, open_datasets, train_run, **changes
+        )
     return runs
 
 
@@ -154,7 +154,7 @@ def main():
     add("--passes", type=train.number(int, 1), default=60, help="over the clips [%(default)s]")
     add("--batch-size", type=count, default=50, help="[%(default)s]")
     add("--mixes", type=count, default=500, help="mixed clips to look at [%(default)s]")
-    parser.set_defaults(data="clips", root="")  # for `common.make_settings`
+    parser.set_defaults(data="clips", root="")  # for `common.make_run`
     args = parser.parse_args()
     runs = make_runs(args)
     common.run_all(runs.values(), args.jobs)

@@ -715,7 +715,7 @@ class Trainer:
             with torch.autocast(batch.device.type, torch.bfloat16, enabled=args.bf16):
                 loss = self.loss(self.model, batch, targets[part], mask, drop_path_rand[part], args)
             loss = loss * len(batch) / args.batch_size  # its part of the mean over the batch
-            (loss * get_world_size()).backward()  # the processes' gradients are averaged
+            (loss * get_world_size()).backward()  # DDP divides the gradients by the world size
             total_loss += loss.detach()
         if get_world_size() > 1:
             dist.all_reduce(total_loss)
@@ -795,7 +795,7 @@ def train_one_epoch(trainer, loader, progress, stop, save):
         stopping = any_process(stop.signal != 0)
         if progress.step % args.log_interval and progress.step < end and not stopping:
             continue
-        losses = torch.stack(losses).tolist()  # the only line of an epoch that waits for the device
+        losses = torch.stack(losses).tolist()  # waits for the device; no other line of a step does
         now = time.perf_counter()
         check_losses(losses, progress.step)
         for loss in losses:  # one by one, so that the sum does not depend on the log interval

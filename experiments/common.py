@@ -16,11 +16,9 @@ import signal
 import statistics
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch.utils.data import Subset
@@ -51,15 +49,14 @@ def make_parser(doc):
     return parser
 
 
-def make_image_parser(doc):
+def make_image_parser(doc, models=train.MODELS, default_models=("vit_micro", "swin_micro")):
     """The same, and the flags of experiments that train on few images."""
     parser = make_parser(doc)
     add = parser.add_argument
     count = train.number(int, 1)
     count_or_all = train.number(int, 0)
     add("--data", default="shapes", help="as for train.py [%(default)s]")
-    add("--root", default="data", help="folder of torchvision's datasets [%(default)s]")
-    add("--models", nargs="+", default=["vit_micro", "swin_micro"], help="%(default)s")
+    add("--models", nargs="+", default=list(default_models), choices=models, help="[%(default)s]")
     add("--images", type=count_or_all, default=60, help="for training; 0: all [%(default)s]")
     add("--passes", type=count, default=100, help="over the images [%(default)s]")
     add("--batch-size", type=count, default=30, help="[%(default)s]")
@@ -86,7 +83,7 @@ def main(function):
 
 
 # ------------------------------------------------------------------------------------------------
-# Runs.
+# Runs. A run is its settings: those of train.py, and what else an experiment varies.
 
 
 def make_folder(path):
@@ -98,90 +95,74 @@ def make_folder(path):
     return Path(path)
 
 
-class Run(NamedTuple):
-    """A run of an experiment. All of it can be pickled."""
-
-    settings: argparse.Namespace  # as train.py has them; its folder is settings.out
-    open_datasets: Callable  # returns a data.Datasets
-    function: Callable  # function(run) trains
-
-
-def choose(dataset, num_images, flag, *name):
+def choose(dataset, num_images, *name):
     """The indices of images chosen at random, by a generator of that name; 0 chooses all. Raises
-    UserError if there are not as many. flag: the one that gives their number."""
+    UserError if there are not as many."""
     if num_images > len(dataset):
-        raise UserError(f"{flag} {num_images}: there are only {len(dataset)} images")
+        raise UserError(f"{num_images} images were asked for, but there are only {len(dataset)}")
     order = torch.randperm(len(dataset), generator=data.generator("chosen", *name)).tolist()
     return order[: num_images or None]
 
 
-def choose_images(datasets, args, seed):
-    """--images training images that the seed draws, each --passes times in an epoch, and
-    --val-images validation images, the same for every seed."""
-    indices = choose(datasets.train, args.images, "--images", seed) * args.passes
-    val_indices = choose(datasets.val, args.val_images, "--val-images", "val")
+def choose_images(datasets, settings):
+    """The training images that the seed draws, each as often as there are passes, since a run is a
+    single epoch; and the validation images, the same for every seed."""
+    indices = choose(datasets.train, settings.images, settings.seed) * settings.passes
+    val_indices = choose(datasets.val, settings.val_images, "val")
     return datasets._replace(
         train=Subset(datasets.train, indices), val=Subset(datasets.val, val_indices)
     )
 
 
-def make_run(args, model, label, seed, open_datasets, function, **changes):
-    """A run of an experiment with few images. Raises UserError.
+def make_run(args, open_datasets, label, **changes):
+    """The settings of a run on few images. Raises UserError.
 
-    args: the flags of the experiment. model: one of train.MODELS. label: what its folder's name
-    starts with. open_datasets: returns the images, see `choose_images`. changes: settings that
-    differ from others', such as targets="area".
+    args: the flags of the experiment. open_datasets(settings): the images, see `choose_images`.
+    label: what its folder's name starts with. changes: settings of its own, such as model and seed.
     """
-    if model not in train.MODELS:
-        raise UserError(f"--models {model}: expected some of {', '.join(train.MODELS)}")
-    argv = ["--data", args.data, "--root", args.root, "--model", model]
-    settings = train.parse_args([*argv, "--seed", str(seed), "--device", args.device])
-    settings.epochs = 1
-    settings.batch_size = args.batch_size
-    settings.mix_prob = 1.0
-    datasets = open_datasets()
+    settings = train.parse_args(["--data", args.data, "--device", args.device])
+    vars(settings).update(epochs=1, mix_prob=1.0, workers=0, compile=False)
+    for name in ("images", "passes", "val_images", "batch_size"):
+        setattr(settings, name, getattr(args, name))
+    vars(settings).update(changes)
+    datasets = open_datasets(settings)
     image_size = data.median_size(datasets.train)
-    if image_size <= data.SMALL_SIZE:
-        settings.workers = 0  # they would take longer to start
-    vars(settings).update(images=args.images, passes=args.passes, **changes)
     train.fill_defaults(settings, image_size, len(datasets.train), datasets.hflip)
     train.check_args(settings, len(datasets.train))
     set_folder(settings, datasets, args.runs, label)
-    return Run(settings, open_datasets, function)
+    return settings
 
 
 def set_folder(settings, datasets, runs, label):
-    """Give a run its folder in --runs. label: what its name starts with."""
-    label = label.replace(" ", "-")
+    """Name the folder of a run. The name ends in a digest of the settings and the images."""
     identity = train.run_identity(settings, datasets)
     identity["args"] = {
         name: value for name, value in vars(settings).items() if name not in train.RESUMABLE_ARGS
     }
     digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=4).hexdigest()
-    settings.out = f"{runs}/{Path(settings.data).resolve().name}/{label}-{settings.seed}-{digest}"
+    name = f"{label}-{settings.seed}-{digest}".replace(" ", "-")
+    settings.out = f"{runs}/{Path(settings.data).resolve().name}/{name}"
 
 
-def read_result(run):
-    """What a run has written at its end, a dict, or None if it is not finished."""
-    path = Path(run.settings.out, "metrics.jsonl")
-    return json.loads(path.read_text()) if path.exists() else None
+def result_file(settings):
+    return Path(settings.out, "metrics.jsonl")  # written when the run is finished
 
 
 def read_results(runs, model, names, num_seeds, key="val_top1"):
-    """A result of finished runs, {name: a list over seeds}. runs: {(model, name, seed): Run}."""
-    return {
-        name: [read_result(runs[model, name, seed])[key] for seed in range(num_seeds)]
-        for name in names
-    }
+    """A result of finished runs, {name: a list over seeds}. runs: by (model, name, seed)."""
+    results = {}
+    for name in names:
+        files = [result_file(runs[model, name, seed]) for seed in range(num_seeds)]
+        results[name] = [json.loads(file.read_text())[key] for file in files]
+    return results
 
 
-def train_run(run, model=None, validate=None, **options):
-    """Train the model of a run, or resume it. The run is one epoch.
+def train_run(settings, datasets, model=None, validate=None, **options):
+    """Train the model of a run, or resume it.
 
     model: by default the one of the settings. validate: as for `train.train`; by default
     `measure_accuracy`. options: for `train.train`.
     """
-    settings, datasets = run.settings, run.open_datasets()
     if model is None:
         model = train.build_model(settings, len(datasets.classes))
         if settings.finetune:
@@ -194,17 +175,10 @@ def train_run(run, model=None, validate=None, **options):
     lock.close()
 
 
-def load_model(run, model=None):
-    """The model of a finished run, in evaluation mode, without gradients."""
-    checkpoint = Path(run.settings.out, "last.pt")
-    return load_checkpoint(run.settings, checkpoint, run.open_datasets().classes, model)
-
-
-def load_checkpoint(settings, checkpoint, classes, model=None):
-    """The model of a checkpoint, in evaluation mode, without gradients. Raises UserError."""
-    if model is None:
-        model = train.build_model(settings, len(classes))
-    train.load_weights(model, checkpoint, classes)
+def load_model(settings, model):
+    """The trained model of a run, in evaluation mode, without gradients. model: one like it."""
+    checkpoint = torch.load(f"{settings.out}/last.pt", weights_only=True)
+    model.load_state_dict(checkpoint["model"])
     return model.to(settings.device).eval().requires_grad_(False)
 
 
@@ -216,15 +190,16 @@ def load_checkpoint(settings, checkpoint, classes, model=None):
 STOP_SIGNAL = signal.SIGUSR1
 
 
-def run_all(runs, num_processes=None):
-    """Do all runs that are not finished, in their order; what they print goes to their log.txt.
+def run_all(function, runs, num_processes=None):
+    """Call function(settings) for all runs that are not finished, in their order. What it prints
+    goes to their log.txt.
 
     num_processes: how many processes, with one thread each, take runs side by side; None: one per
         core, or five on a GPU, which small models leave idle; 0: this process does all.
     """
-    todo = [run for run in runs if read_result(run) is None]
+    todo = [settings for settings in runs if not result_file(settings).exists()]
     data.print0(f"{len(todo)} of {len(runs)} runs to do")
-    tasks = [(run, f"{number}/{len(todo)}") for number, run in enumerate(todo, 1)]
+    tasks = [(function, run, f"{number}/{len(todo)}") for number, run in enumerate(todo, 1)]
     if num_processes is None:
         num_processes = 5 if torch.cuda.is_available() else train.NUM_CPUS
     if num_processes == 0:
@@ -248,12 +223,12 @@ def run_all(runs, num_processes=None):
             raise
 
 
-def do_run(run, progress):
+def do_run(function, settings, progress):
     """Do a run. progress: to be printed, such as "3/24"."""
-    folder = make_folder(run.settings.out)
+    folder = make_folder(settings.out)
     try:
         with (folder / "log.txt").open("a") as log, redirect_stdout(log):
-            run.function(run)
+            function(settings)
     except SystemExit:  # of training that was asked to stop
         if multiprocessing.parent_process() is None:
             raise KeyboardInterrupt from None

@@ -1,8 +1,8 @@
 """Which target for a mixed image trains the better model? (the paper's main claim)
 
     python experiments/compare.py                          # built-in images, minutes on a CPU
-    python experiments/compare.py --seeds 24               # the published table, an hour
-    python experiments/compare.py --data cifar10 --images 100 --batch-size 50 --seeds 24
+    python experiments/compare.py --seeds 24               # the published table, half an hour
+    python experiments/compare.py --data cifar10 --images 100 --batch-size 50 --val-images 5000
 
 No mixing, and CutMix with these targets: the area; TransMix (ViT only); TL-Align; and the share of
 the object pixels that the mix shows, which is known for the built-in images: no rule for labels can
@@ -29,11 +29,11 @@ from transmix import transmix_loss
 
 ORACLE = "oracle"
 
-# What differs in the settings of train.py.
+# What differs in the settings of train.py. TransMix and the oracle have losses of their own.
 METHODS = {
     "no mixing": {"mix": "none"},
     "area": {"targets": "area"},
-    "TransMix": {"compile": False},
+    "TransMix": {},
     "TL-Align": {"targets": "tl_align"},
     ORACLE: {},
 }
@@ -42,13 +42,12 @@ PAIR = ("area", "TL-Align")  # what other experiments compare
 
 
 def make_parser(doc):
-    """The flags of all experiments on models that are trained here."""
+    """The flags of this script, mixing_ratio.py and robustness.py."""
     parser = common.make_image_parser(doc)
-    share = train.number(float, 0, 1)
-    parser.add_argument("--mix-prob", type=share, default=1.0, help="share that is mixed [1]")
-    parser.add_argument(
-        "--clutter", type=share, default=0.0, help="of random blocks in the built-in images [0]"
-    )
+    add = parser.add_argument
+    fraction = train.number(float, 0, 1)
+    add("--mix-prob", type=fraction, default=1.0, help="share of the images that are mixed [1]")
+    add("--clutter", type=fraction, default=0.0, help="random blocks in the built-in images [0]")
     return parser
 
 
@@ -56,15 +55,15 @@ def make_parser(doc):
 # Images.
 
 
-def open_datasets(args, seed):
+def open_datasets(settings):
     """The images of a run."""
-    return common.choose_images(open_images(args.data, args.root, args.clutter), args, seed)
+    return common.choose_images(open_images(settings.data, settings.clutter), settings)
 
 
 @functools.cache
-def open_images(name, root, clutter):
+def open_images(name, clutter):
     """The datasets of --data. Raises UserError."""
-    datasets = data.open_datasets(name, root)
+    datasets = data.open_datasets(name)
     if not clutter:
         return datasets
     if name != "shapes":
@@ -90,29 +89,26 @@ def add_clutter(images, amount, part):
 
 
 def make_runs(args, methods):
-    """The runs of --models and methods with every seed, {(model, method, seed): common.Run}."""
+    """The runs of --models and methods with every seed, {(model, method, seed): settings}."""
     runs = {}
     for seed, model, method in itertools.product(range(args.seeds), args.models, methods):
         if method == "TransMix" and model.startswith("swin"):
             continue  # without a class token
         if method == ORACLE and args.data != "shapes":
             continue
-        changes = {"mix_prob": args.mix_prob, "clutter": args.clutter, "method": method}
-        changes |= METHODS[method]
-        open_run_datasets = functools.partial(open_datasets, args, seed)
-        runs[model, method, seed] = common.make_run(
-            args, model, f"{model}-{method}", seed, open_run_datasets, train_run, **changes
-        )
+        own = {"model": model, "seed": seed, "method": method, **METHODS[method]}
+        own |= {"mix_prob": args.mix_prob, "clutter": args.clutter}
+        runs[model, method, seed] = common.make_run(args, open_datasets, f"{model}-{method}", **own)
     return runs
 
 
-def train_run(run):
-    if run.settings.method == "TransMix":
-        common.train_run(run, loss=transmix_loss)
-    elif run.settings.method == ORACLE:
-        common.train_run(run, loss=object_loss, make_loader=ObjectLoader)
-    else:
-        common.train_run(run)
+def train_run(settings):
+    options = {}
+    if settings.method == "TransMix":
+        options = {"loss": transmix_loss}
+    elif settings.method == ORACLE:
+        options = {"loss": object_loss, "make_loader": ObjectLoader}
+    common.train_run(settings, open_datasets(settings), **options)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -140,7 +136,7 @@ def main():
     args = parser.parse_args()
     methods = [name for name in METHODS if name in args.methods or name == "area"]
     runs = make_runs(args, methods)
-    common.run_all(runs.values(), args.jobs)
+    common.run_all(train_run, runs.values(), args.jobs)
 
     rows = []
     for model in args.models:

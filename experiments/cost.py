@@ -1,7 +1,7 @@
 """How fast a training step is, and what alignment costs in it.
 
     python experiments/cost.py             # DeiT-S and Swin-T at 224 px, some minutes on a CPU
-    python experiments/cost.py --models deit_tiny deit_small deit_base swin_tiny --sizes 224 384
+    python experiments/cost.py --models deit_tiny deit_small deit_base swin_tiny --img-size 384
 
 Other flags are those of train.py, such as --batch-size, --device and --no-compile. A step is timed
 with three targets, by explicit attention (the attention matrix is formed, and labels reuse it) and
@@ -11,9 +11,11 @@ by fused attention (a second call for the labels):
     aligned   TL-Align as this project computes it, one share for each token
     dense     TL-Align with 1000 class labels for each token, as the authors' code has it
 
-and with timm's model of that name, where timm is installed, with the area target. Steps are timed
-in turn, and ratios taken within a round, so that a machine that is busy slows all alike; ± is half
-of a 95 % interval over rounds. Memory, on CUDA, is the peak of a step with weights and optimizer.
+and with timm's model of that name, where timm is installed, with the area target. Times are ratios
+to the area's with the same attention; timm's, to the area's with explicit attention. Steps are
+timed in turn, and ratios taken within a round, so that a machine that is busy slows all alike; ± is
+half of a 95 % interval over rounds. Memory, on CUDA, is the peak of a step with weights and
+optimizer.
 """
 
 import copy
@@ -53,7 +55,7 @@ TARGETS = {
 class Timm(nn.Module):
     """timm's model of a name of ours, called as ours are."""
 
-    depth = 1  # it draws the random numbers of drop path itself
+    depth = 1  # of the random numbers for drop path, which timm draws itself
 
     def __init__(self, settings):
         super().__init__()
@@ -101,9 +103,10 @@ class Step:
         if self.on_cuda:
             torch.cuda.synchronize()
 
-    def seconds(self, repeats):
+    def seconds(self):
         """The mean duration of a step, after one that is not timed."""
         self.run()
+        repeats = 10 if self.on_cuda else 1
         start = time.perf_counter()
         self.run(repeats)
         return (time.perf_counter() - start) / repeats
@@ -119,72 +122,63 @@ class Step:
         return torch.cuda.max_memory_allocated() - before + own
 
 
-def make_settings(model, size, argv):
+def make_settings(model, argv):
     """train.py's settings, with ImageNet's recipe but without RandAugment and erasing."""
-    argv = ["--data=noise", "--augment=light", *argv, f"--model={model}", f"--img-size={size}"]
-    argv += ["--mix=cutmix"]
-    settings = train.parse_args(argv)
+    argv = ["--data=noise", "--augment=light", "--img-size=224", *argv]  # --data is only a name
+    settings = train.parse_args([*argv, f"--model={model}", "--mix=cutmix"])
     train.set_default(settings, "batch_size", 256 if settings.device == "cuda" else 8)
-    train.fill_defaults(settings, size, NUM_IMAGES)
+    train.fill_defaults(settings, settings.img_size, NUM_IMAGES)
     train.check_args(settings, NUM_IMAGES)
     return settings
 
 
-def measure(settings, forms, rounds, repeats):
-    """The table's rows of a model and a size."""
+def measure(settings, rounds):
+    """The table's rows of a model."""
     torch._dynamo.reset()
-    steps = {}
-    for form in forms:
-        for target in ["area"] if form == "timm" else TARGETS:
-            steps[form, target] = Step(settings, form, target)
-    memory = {}
-    if settings.device == "cuda":
-        memory = {key: step.peak_memory() for key, step in steps.items()}
-    seconds = {key: [] for key in steps}
+    keys = [(form, target) for form in ("explicit", "fused") for target in TARGETS]
+    if find_spec("timm") and not settings.model.endswith("micro"):
+        keys.append(("timm", "area"))
+    steps = {key: Step(settings, *key) for key in keys}
+    on_cuda = settings.device == "cuda"
+    memory = {key: step.peak_memory() for key, step in steps.items()} if on_cuda else {}
+    seconds = {key: [] for key in keys}
     for _ in range(rounds):
         for key, step in steps.items():
-            seconds[key].append(step.seconds(repeats))
+            seconds[key].append(step.seconds())
 
     rows = []
-    for form, target in steps:
-        key, area = (form, target), (form, "area")
-        rate = settings.batch_size / statistics.median(seconds[key])
-        row = [settings.model, settings.img_size, form, target, f"{rate:.1f}"]
-        for base in ((forms[0], "area"), area):
-            ratios = [a / b for a, b in zip(seconds[key], seconds[base], strict=True)]
-            row.append(common.show(ratios, digits=3))
-        if memory:
-            row += [f"{memory[key] / 2**30:.2f}", f"{memory[key] / memory[area]:.3f}"]
+    for form, target in keys:
+        own = seconds[form, target]
+        area = "explicit" if form == "timm" else form, "area"
+        rate = settings.batch_size / statistics.median(own)
+        ratio = common.show([a / b for a, b in zip(own, seconds[area], strict=True)], digits=3)
+        row = [settings.model, settings.img_size, form, target, f"{rate:.1f}", ratio]
+        if on_cuda:
+            own_memory = memory[form, target]
+            row += [f"{own_memory / 2**30:.2f}", f"{own_memory / memory[area]:.3f}"]
         rows.append(row)
     return rows
 
 
 def main():
     parser = train.Parser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    all_forms = ["explicit", "fused", "timm"] if find_spec("timm") else ["explicit", "fused"]
     add = parser.add_argument
     add("--models", nargs="+", default=["deit_small", "swin_tiny"], choices=train.MODELS)
-    add("--sizes", nargs="+", type=train.number(int, 1), default=[224])
-    add("--forms", nargs="+", default=all_forms, choices=all_forms)
-    add("--rounds", type=train.number(int, 1), default=5)
-    add("--steps", type=train.number(int, 1), help="timed together [1 on the CPU, 10 on CUDA]")
-    add("--out", default="runs/cost", help="folder of the table")
+    add("--rounds", type=train.number(int, 1), default=5, help="[%(default)s]")
     args, argv = parser.parse_known_args()
     torch._dynamo.config.cache_size_limit = 64  # a graph for each step of `measure`
 
-    header = ["model", "px", "attention", "target", "images/s", f"time / {args.forms[0]}, area"]
-    header.append("time / area")
     rows = []
     for model in args.models:
-        for size in args.sizes:
-            settings = make_settings(model, size, argv)
-            repeats = args.steps or (10 if settings.device == "cuda" else 1)
-            rows += measure(settings, args.forms, args.rounds, repeats)
-            memory = ["peak GiB", "memory / area"] if settings.device == "cuda" else []
-            text = common.markdown_table([*header, *memory], rows)
-            text += f"\nBatch {settings.batch_size}, {args.rounds} rounds, {settings.device}, "
-            text += f"torch {torch.__version__}.\n"
-            common.write_results("cost", text, args.out)
+        settings = make_settings(model, argv)
+        rows += measure(settings, args.rounds)
+    header = ["model", "px", "attention", "target", "images/s", "time / area"]
+    if settings.device == "cuda":
+        header += ["peak GiB", "memory / area"]
+    text = common.markdown_table(header, rows)
+    text += f"\nBatch {settings.batch_size}, {args.rounds} rounds, {settings.device}, "
+    text += f"torch {torch.__version__}.\n"
+    common.write_results("cost", text, "runs/experiments")
 
 
 if __name__ == "__main__":

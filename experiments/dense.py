@@ -204,21 +204,20 @@ def to_device(target, device):
     return {name: data.to_device(x, device) for name, x in target.items()}
 
 
-def finetune(run, model, loss, transform, score):
-    """Fine-tune a model, from the last checkpoint of its run if there is one, and score it.
+def finetune(settings, datasets, model, loss, transform, score):
+    """Fine-tune the model of a run, from its last checkpoint if there is one, and score it.
 
     loss: as for `train.train`. score(model, dataset, settings): a dict of results. model.depth is
     that of the backbone, for drop path.
     """
-    settings, dataset = run.settings, run.open_datasets().val
 
     @torch.no_grad()
     def validate(model):
         with torch.autocast(settings.device, torch.bfloat16, enabled=settings.bf16):
-            return score(model.eval(), dataset, settings)
+            return score(model.eval(), datasets.val, settings)
 
     make_loader = functools.partial(Loader, transform=transform)
-    common.train_run(run, model, validate, loss=loss, make_loader=make_loader)
+    common.train_run(settings, datasets, model, validate, loss=loss, make_loader=make_loader)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -271,11 +270,11 @@ def find_starts(args):
             starts[model, method] = []
             for seed in range(args.seeds):
                 run = transfer.make_first_run(first_args, model, method, seed)
-                starts[model, method].append(f"{run.settings.out}/last.pt")
+                starts[model, method].append(f"{run.out}/last.pt")
                 runs.append(run)
         # Their weights are not loaded: they only say which model to build.
         starts[model, "from scratch"] = starts[model, "area"]
-    common.run_all(runs, args.jobs)
+    common.run_all(transfer.train_run, runs, args.jobs)
     if train.get_world_size() > 1:
         dist.barrier()  # the first process writes the checkpoints
     return starts
@@ -305,7 +304,7 @@ def make_settings(args, recipes, datasets, checkpoint, seed):
     settings.warmup_epochs = min(settings.warmup_steps / settings.steps, 0.1)
     vars(settings).update(mix="none", augment="light", hflip=False)  # see `Augmented`
     vars(settings).update(aug_repeats=1, clip_grad=0.0, compile=False)
-    train.fill_defaults(settings, 224, num_images)
+    train.fill_defaults(settings, settings.size, num_images)
     if not settings.model.startswith("swin"):
         settings.img_size = settings.size  # the position embedding is resized
     if settings.batch_size % 2 or settings.batch_size < 2 * train.get_world_size():
@@ -313,24 +312,23 @@ def make_settings(args, recipes, datasets, checkpoint, seed):
     return settings
 
 
-def run(name, args, recipes, open_datasets, tune, measures):
+def run(name, args, recipes, open_datasets, train_run, measures):
     """Fine-tune from each starting point, and write the table.
 
-    open_datasets(folder, seed): of --data, or scenes. tune(run): does a run. measures: {key of its
-    result: title}; the first one is compared with the baseline, seed by seed.
+    open_datasets(folder, seed): of --data, or scenes. train_run(settings): does a run. measures:
+    {key of its result: title}; the first one is compared with the baseline, seed by seed.
     """
     starts = find_starts(args)
     runs = {}
     for (model, start), checkpoints in starts.items():
         for seed, checkpoint in enumerate(checkpoints):
             label = Path(start).stem if args.checkpoints else f"{model}-{start}"
-            open_run_datasets = functools.partial(open_datasets, args.data, seed)
-            settings = make_settings(args, recipes, open_run_datasets(), checkpoint, seed)
+            datasets = open_datasets(args.data, seed)
+            settings = make_settings(args, recipes, datasets, checkpoint, seed)
             settings.scratch = start == "from scratch"
-            settings.experiment = name
-            common.set_folder(settings, open_run_datasets(), args.runs, f"{name}-{label}")
-            runs[model, start, seed] = common.Run(settings, open_run_datasets, tune)
-    common.run_all(runs.values(), args.jobs)
+            common.set_folder(settings, datasets, args.runs, f"{name}-{label}")
+            runs[model, start, seed] = settings
+    common.run_all(train_run, runs.values(), args.jobs)
     if train.get_rank() != 0:
         return
     rows = []
@@ -340,7 +338,6 @@ def run(name, args, recipes, open_datasets, tune, measures):
     first, *others = measures.values()
     header = ["model", "start", first, "difference to the baseline", *others]
     text = common.markdown_table(header, rows)
-    settings, datasets = runs[model, names[0], 0].settings, runs[model, names[0], 0].open_datasets()
     text += f"\n{settings.steps} steps of {settings.batch_size} images of {settings.size} px; "
     text += f"{len(datasets.train)} images to train on, {len(datasets.val)} to validate; "
     text += f"{args.seeds} seed(s), ± is half of a 95 % interval of paired differences.\n"
@@ -353,6 +350,6 @@ def make_rows(runs, model, starts, measures, num_seeds):
     rows = common.make_rows(first, starts[0])
     for row in rows:
         start = row[0]
-        row.insert(0, runs[model, start, 0].settings.model)
+        row.insert(0, runs[model, start, 0].model)
         row += [f"{statistics.fmean(values[start]):.2f}" for values in others]
     return rows

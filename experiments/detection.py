@@ -303,17 +303,17 @@ def score(model, dataset, settings):
     return average_precision(results, model.num_classes)
 
 
-def tune(run):
-    datasets = run.open_datasets()
+def train_run(settings):
+    datasets = open_datasets(settings.data, settings.seed)
     has_masks = "masks" in datasets.train[0][1]
-    model = Detector(run.settings, len(datasets.classes), has_masks)
-    dense.finetune(run, model, loss, make_transform(run.settings), score)
+    model = Detector(settings, len(datasets.classes), has_masks)
+    dense.finetune(settings, datasets, model, loss, make_transform(settings), score)
 
 
 def main():
     args = dense.parse_args(__doc__)
     measures = {"AP": "AP", "AP50": "AP50", "AP75": "AP75"}
-    dense.run("detection", args, (SMALL, LARGE), open_datasets, tune, measures)
+    dense.run("detection", args, (SMALL, LARGE), open_datasets, train_run, measures)
 
 
 if __name__ == "__main__":

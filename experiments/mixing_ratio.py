@@ -63,6 +63,9 @@ def mean_patch(images, patch_size):
     return patches.mean(0, keepdim=True).repeat(1, 1, num_patches, num_patches)
 
 
+NUM_MIXES = 1000
+
+
 class Mixes(NamedTuple):
     """Mixes of validation images, on the device."""
 
@@ -92,8 +95,8 @@ def make_mixes(dataset, num_mixes, settings, name):
 
 @torch.no_grad()
 def measure_shares(model, mixed, mask, blank):
-    """What methods say of mixed images (n, 3, S, S), mask (n, 1, S, S), and the influence: a dict
-    of (n,), by (method, layer). blank: see `influence`."""
+    """What methods say of mixed images (n, 3, S, S), mask (n, 1, S, S), and what is measured beside
+    them: a dict of (n,), by (method or quantity, layer). blank: see `influence`."""
     labels = tl_align.token_labels(mask, model.patch_size)
     shares = {("area", ""): labels.mean((1, 2))}
     if hasattr(model, "cls_token"):
@@ -109,14 +112,15 @@ def measure_shares(model, mixed, mask, blank):
     return shares
 
 
-def measure_runs(runs, num_mixes):
+def measure_runs(runs):
     """`measure_shares` of the same mixes with the models of some runs: a dict of (seeds, n). With
     the share of objects, for the built-in images."""
-    mixes = make_mixes(runs[0].open_datasets().val, num_mixes, runs[0].settings, "mixing ratio")
+    datasets = compare.open_datasets(runs[0])
+    mixes = make_mixes(datasets.val, NUM_MIXES, runs[0], "mixing ratio")
     batches = list(zip(mixes.mixed.split(200), mixes.mask.split(200), strict=True))
     seeds = []
-    for run in runs:
-        model = common.load_model(run)
+    for settings in runs:
+        model = common.load_model(settings, train.build_model(settings, len(datasets.classes)))
         parts = [measure_shares(model, mixed, mask, mixes.blank) for mixed, mask in batches]
         seeds.append({key: torch.cat([part[key] for part in parts]) for key in parts[0]})
     shares = {key: torch.stack([seed[key] for seed in seeds]) for key in seeds[0]}
@@ -174,19 +178,15 @@ def draw(path, shares, title):
 
 
 def main():
-    parser = compare.make_parser(__doc__)
-    parser.add_argument(
-        "--mixes", type=train.number(int, 2), default=1000, help="images to mix [1000]"
-    )
-    args = parser.parse_args()
+    args = compare.make_parser(__doc__).parse_args()
     truths = ["influence", "objects"] if args.data == "shapes" else ["influence"]
     runs = compare.make_runs(args, compare.PAIR)
-    common.run_all(runs.values(), args.jobs)
+    common.run_all(compare.train_run, runs.values(), args.jobs)
 
     rows = []
     for model, trained in itertools.product(args.models, compare.PAIR):
         seeds = [runs[model, trained, seed] for seed in range(args.seeds)]
-        shares = measure_runs(seeds, args.mixes)
+        shares = measure_runs(seeds)
         for key in shares:
             if key[0] in ("area", "TransMix", "TL-Align"):
                 rows.append([model, trained, *make_row(shares, key, truths)])

@@ -23,7 +23,7 @@ import data
 import train
 from data import UserError
 
-BATCH_SIZE = 48  # what is random is the same in each batch
+BATCH_SIZE = 48  # random starts and masks repeat in every batch, so results depend on it
 
 # ------------------------------------------------------------------------------------------------
 # What is done to images, (B, 3, S, S) in [0, 1].
@@ -118,10 +118,12 @@ def measure_folder(model, folder, classes, settings):
 def measure(settings, checkpoint, args):
     """Everything of one checkpoint, a dict by name."""
     print(f"measuring {checkpoint}", flush=True)
-    datasets = compare.open_images(args.data, args.root, args.clutter)
-    chosen = common.choose(datasets.val, args.eval_images, "--eval-images", "val")
+    datasets = compare.open_images(args.data, args.clutter)
+    chosen = common.choose(datasets.val, args.eval_images, "val")
     dataset = Subset(datasets.val, chosen)
-    model = common.load_checkpoint(settings, checkpoint, datasets.classes)
+    model = train.build_model(settings, len(datasets.classes))
+    train.load_weights(model, checkpoint, datasets.classes)
+    model.to(settings.device).eval().requires_grad_(False)
     results = measure_variants(model, dataset, settings)
     for folder in args.folders:
         results[folder] = measure_folder(model, folder, datasets.classes, settings)
@@ -131,20 +133,19 @@ def measure(settings, checkpoint, args):
 def measure_trained(args):
     """Train models, and measure them: {model: {method: [a dict for each seed]}}."""
     runs = compare.make_runs(args, compare.PAIR)
-    common.run_all(runs.values(), args.jobs)
+    common.run_all(compare.train_run, runs.values(), args.jobs)
     results = {model: {method: [] for method in compare.PAIR} for model in args.models}
-    for (model, method, _), run in runs.items():
-        checkpoint = f"{run.settings.out}/last.pt"
-        results[model][method].append(measure(run.settings, checkpoint, args))
+    for (model, method, _), settings in runs.items():
+        results[model][method].append(measure(settings, f"{settings.out}/last.pt", args))
     return results
 
 
 def measure_checkpoints(args):
     """The same of --checkpoints, as if each were a method."""
-    val = compare.open_images(args.data, args.root, args.clutter).val
+    val = compare.open_images(args.data, args.clutter).val
     results = {}
     for path in args.checkpoints:
-        argv = ["--eval", path, "--data", args.data, "--root", args.root, "--device", args.device]
+        argv = ["--eval", path, "--data", args.data, "--device", args.device]
         settings = train.parse_args(argv)
         train.fill_defaults(settings, data.median_size(val), len(val))
         results[path] = [measure(settings, path, args)]
@@ -169,14 +170,9 @@ def main():
     add("--checkpoints", nargs="+", metavar="FILE", help="measure these; then nothing is trained")
     add("--folders", nargs="+", default=[], metavar="FOLDER", help="of further images")
     count_or_all = train.number(int, 0)
-    add(
-        "--eval-images",
-        type=count_or_all,
-        default=500,
-        help="validation images, at most; 0: all [500]",
-    )
+    add("--eval-images", type=count_or_all, default=500, help="to validate on; 0: all [500]")
     args = parser.parse_args()
-    num_images = len(compare.open_images(args.data, args.root, args.clutter).val)
+    num_images = len(compare.open_images(args.data, args.clutter).val)
     args.eval_images = min(args.eval_images or num_images, num_images)
     results = measure_checkpoints(args) if args.checkpoints else measure_trained(args)
     text = "".join(make_table(model, methods) + "\n" for model, methods in results.items())

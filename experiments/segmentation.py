@@ -4,9 +4,9 @@
     torchrun --nproc-per-node 8 experiments/segmentation.py --data /ade20k --workers 4 \\
         --checkpoints area/best.pt tl_align/best.pt
 
-Without --data small models are trained on five built-in classes, with the area as the target and
-with TL-Align, and fine-tuned with UperNet on scenes with objects of five others. --data is VOC (a
-folder with VOCdevkit/VOC2012), ADE20K (images/training, annotations/training, ...), or has
+Without --checkpoints small models are trained on five built-in classes, with the area as the target
+and with TL-Align, and fine-tuned with UperNet on scenes with objects of five others. --data is VOC
+(a folder with VOCdevkit/VOC2012), ADE20K (images/training, annotations/training, ...), or has
 {train,val}/{images,masks} and classes.txt, with a name a line. A mask is a PNG of class numbers
 from 0; 255 is unlabelled. Its runs follow one another in this process, unless --jobs is given. From
 256 px on the recipe is that of the paper's baseline on ADE20K, with train.py's learning rate
@@ -264,15 +264,16 @@ def score(model, dataset, settings):
     return summarize(matrix)
 
 
-def tune(run):
-    model = Segmenter(run.settings, len(run.open_datasets().classes))
-    dense.finetune(run, model, loss, make_transform(run.settings), score)
+def train_run(settings):
+    datasets = open_datasets(settings.data, settings.seed)
+    model = Segmenter(settings, len(datasets.classes))
+    dense.finetune(settings, datasets, model, loss, make_transform(settings), score)
 
 
 def main():
     args = dense.parse_args(__doc__)
     measures = {"miou": "mean IoU %", "accuracy": "pixels %"}
-    dense.run("segmentation", args, (SMALL, LARGE), open_datasets, tune, measures)
+    dense.run("segmentation", args, (SMALL, LARGE), open_datasets, train_run, measures)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ NUM_IMAGES = 2000  # of the first half
 
 
 @functools.cache
-def half_of(name, root, is_second):
+def half_of(name, is_second):
     """The datasets of the first or the second half of the classes of --data, in memory. Their
     numbers count from zero."""
-    datasets = data.open_datasets(name, root)
+    datasets = data.open_datasets(name)
     middle = len(datasets.classes) // 2
     half = range(middle, len(datasets.classes)) if is_second else range(middle)
 
@@ -37,20 +37,24 @@ def half_of(name, root, is_second):
     return datasets._replace(train=keep(datasets.train), val=keep(datasets.val), classes=classes)
 
 
-def open_datasets(args, is_second, seed):
+def open_datasets(settings):
     """The images of a run."""
-    return common.choose_images(half_of(args.data, args.root, is_second), args, seed)
+    return common.choose_images(half_of(settings.data, settings.is_second), settings)
 
 
 def make_run(args, is_second, model, method, seed, **changes):
     """A run on one half of the classes."""
     label = f"{'second' if is_second else 'first'}-half-{model}-{method}"
-    open_run_datasets = functools.partial(open_datasets, args, is_second, seed)
-    return common.make_run(args, model, label, seed, open_run_datasets, common.train_run, **changes)
+    own = {"model": model, "seed": seed, "is_second": is_second, **changes}
+    return common.make_run(args, open_datasets, label, **own)
 
 
 def make_first_run(args, model, method, seed):
     return make_run(args, False, model, method, seed, **compare.METHODS[method])
+
+
+def train_run(settings):
+    common.train_run(settings, open_datasets(settings))
 
 
 def make_parser(doc):
@@ -75,12 +79,12 @@ def main():
         for method in compare.PAIR:
             run = make_first_run(args, model, method, seed)
             first[model, method, seed] = run
-            checkpoint = str(Path(run.settings.out, "last.pt").resolve())
+            checkpoint = str(Path(run.out, "last.pt").resolve())
             second[model, method, seed] = make_run(
                 finetune_args, True, model, method, seed, mix="none", finetune=checkpoint
             )
-    common.run_all(first.values(), args.jobs)
-    common.run_all(second.values(), args.jobs)
+    common.run_all(train_run, first.values(), args.jobs)
+    common.run_all(train_run, second.values(), args.jobs)
 
     rows = []
     for model in args.models:

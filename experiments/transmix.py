@@ -10,7 +10,6 @@ import torch
 from einops import rearrange
 
 import tl_align
-import train
 
 
 def transmix(labels, attention):
@@ -55,9 +54,7 @@ def record_class_attention(model):
 
 
 def transmix_loss(model, images, targets, mask, rand, args):
-    """The loss of a batch with TransMix's target. Arguments as for `train.mixed_loss`."""
-    if mask is None:
-        return train.mixed_loss(model, images, targets, mask, rand, args)
+    """The loss of a mixed batch with TransMix's target. Arguments as for `train.mixed_loss`."""
     with record_class_attention(model) as attention:
         logits = model(tl_align.mix(images, mask), rand=rand)
     labels = tl_align.token_labels(mask, args.patch_size)

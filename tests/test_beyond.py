@@ -115,18 +115,9 @@ def test_labels_change_no_logits_and_carry_no_gradient(setting):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["mixer", "convnext"])
-def test_drop_path_drops_whole_branches_and_labels_stay_in_float32(name):
-    model, images, labels = make(name, drop_path_rate=0.5)
-    model, images, labels = model.float().train(), images.float(), labels.float()
-    # A zero drops a branch, in all blocks but the first, whose rate is zero.
-    dropped = torch.tensor([0.0, 1.0]).expand(2, model.depth, 2)
-    before = model(images, rand=dropped)
-    blocks = [m for m in model.modules() if isinstance(m, (mixer.Block, convnext.Block))]
-    for layer_name, parameter in blocks[1].named_parameters():
-        if not layer_name.startswith(("norm2", "mlp_channels")):  # Mixer's second branch
-            parameter.add_(1)
-    assert torch.equal(before, model(images, rand=dropped))
-    assert not torch.equal(before, model(images, rand=torch.ones_like(dropped)))
+def test_labels_stay_in_float32(name):
+    model, images, labels = make(name)
+    model, images, labels = model.float(), images.float(), labels.float()
     with torch.autocast("cpu", torch.bfloat16):
         whole = model(images, torch.ones_like(labels))[1]
     torch.testing.assert_close(whole, torch.ones_like(whole), atol=1e-6, rtol=0)
@@ -382,7 +373,7 @@ def test_the_loss_of_clips_is_that_of_images_with_another_box():
 
 def run(script, monkeypatch, tmp_path, *args):
     """Run a script's main in this process. Returns the results that it wrote."""
-    small = ["--seeds", 1, "--jobs", 0, "--device", "cpu", "--passes", 1, "--mixes", 10]
+    small = ["--seeds", 1, "--jobs", 0, "--device", "cpu", "--passes", 1]
     words = [str(word) for word in (*small, *args)]
     monkeypatch.setattr(sys, "argv", ["script", *words])
     monkeypatch.chdir(tmp_path)
@@ -399,7 +390,7 @@ def test_rules_trains_models_that_are_passed_in(monkeypatch, tmp_path, capsys):
     assert set(train.MODELS) == known  # whoever imports an experiment gets what train.py has
     assert run(rules, monkeypatch, tmp_path, *args) == text
     assert "0 of 4 runs to do" in capsys.readouterr().out
-    with pytest.raises(UserError, match="--models resnet: expected some of vit_micro"):
+    with pytest.raises(UserError, match="--models: invalid choice: 'resnet'"):
         run(rules, monkeypatch, tmp_path, "--models", "resnet")
 
 

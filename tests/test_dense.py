@@ -574,8 +574,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(settings, tmp_path, m
         args.out = str(tmp_path / out)
         model = detection.Detector(args, 5, has_masks=True)
         transform = detection.make_transform(args)
-        run = common.Run(args, lambda: datasets, None)
-        dense.finetune(run, model, detection.loss, transform, lambda *_: {"AP": 1.0})
+        dense.finetune(args, datasets, model, detection.loss, transform, lambda *_: {"AP": 1.0})
         return torch.load(tmp_path / out / "last.pt", weights_only=True)
 
     def stop(trainer, images, targets, number, lr):

@@ -49,8 +49,8 @@ def test_loader(here, folder, given):
 
 
 def test_cost(here):
-    words = ["--models", "vit_micro", "--sizes", 32, "--rounds", 1, "--forms", "explicit", "fused"]
-    words += ["--batch-size", 2, "--device", "cpu", "--out", "runs/experiments"]
+    words = ["--models", "vit_micro", "--img-size", 32, "--rounds", 1]
+    words += ["--batch-size", 2, "--device", "cpu"]
     out, text = here(cost, *words, common_flags=False)
     assert text in out
     for form in ("explicit", "fused"):
@@ -128,7 +128,7 @@ def test_a_run_on_other_images_is_not_taken_for_done(here, folder):
 def test_others_share_the_runs_of_compare(here, tmp_path):
     vit_only = ["--models", "vit_micro"]
     here(compare, *vit_only, "--methods", "TL-Align")
-    out, text = here(mixing_ratio, "--mixes", 20)
+    out, text = here(mixing_ratio)
     assert "2 of 4 runs to do" in out  # of swin_micro
     assert text.count("| TL-Align | TL-Align |") == 2 * 4  # two models of four layers
     assert text.count("| TransMix |") == 2 and "nan" not in text
@@ -216,7 +216,7 @@ def test_stopped_and_killed_runs_leave_no_process_and_continue(folder, tmp_path)
 
 def test_a_half_of_the_classes_counts_from_zero(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 200)
-    half = transfer.half_of.__wrapped__("shapes", "data", is_second=True)
+    half = transfer.half_of.__wrapped__("shapes", is_second=True)
     assert half.classes == data.SHAPES_CLASSES[5:]
     classes = [int(target) for _, target in data.open_datasets("shapes").train]
     assert [target for _, target in half.train] == [c - 5 for c in classes if c >= 5]
@@ -275,10 +275,6 @@ def test_the_loss_of_transmix_is_that_of_its_share_and_no_gradient_goes_through_
     gradients = torch.autograd.grad(loss, parameters), torch.autograd.grad(expected, parameters)
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
-    torch.testing.assert_close(
-        transmix.transmix_loss(model, images, targets, None, None, args),
-        torch.nn.functional.cross_entropy(model(images), targets, label_smoothing=0.1),
-    )
 
 
 def test_the_objects_share_is_counted_where_the_mix_shows_them():
@@ -291,10 +287,8 @@ def test_the_objects_share_is_counted_where_the_mix_shows_them():
     assert oracle.object_share(0 * objects, mask).isnan().all()
 
 
-@pytest.mark.parametrize("max_bytes", [2**31, 0], ids=["in memory", "from files"])
-def test_the_oracle_sees_the_masks_of_the_images(monkeypatch, max_bytes):
+def test_the_oracle_sees_the_masks_of_the_images(monkeypatch):
     monkeypatch.setattr(data, "SHAPES_TRAIN", 20)
-    monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", max_bytes)
     settings = argparse.Namespace(img_size=32, batch_size=4, aug_repeats=1, seed=3, workers=0)
     settings.device = "cpu"
     _, targets, masks = data.shapes(20, 0)
@@ -318,7 +312,7 @@ def test_the_oracles_target_is_the_objects_share_or_the_area_where_none_is_seen(
     torch.manual_seed(0)
     model, images = vit.vit_micro(num_classes=10), torch.randn(4, 3, 32, 32)
     targets = torch.tensor([3, 1, 4, 1])
-    objects = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    objects = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
     objects[0, :, :8] = 1  # 8 x 32 pixels
     objects[1, :, :8, :16] = 1  # 8 x 16; the mixes of the other two show no object
     mask = torch.zeros(4, 1, 32, 32)

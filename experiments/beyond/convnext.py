@@ -40,19 +40,17 @@ class Block(nn.Module):
     """A depthwise convolution, then an MLP, in one residual branch. layer_scale: the initial
     weight of the branch."""
 
-    def __init__(self, dim, layer_scale, drop_path=0.0):
+    def __init__(self, dim, layer_scale):
         super().__init__()
         self.dwconv = nn.Conv2d(dim, dim, 7, padding=3, groups=dim)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.pwconv1 = nn.Linear(dim, 4 * dim)
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.gamma = nn.Parameter(torch.full((dim,), layer_scale))
-        self.drop_path = swin.DropPath(drop_path)
 
-    def forward(self, x, labels=None, rand=(None, None)):
-        """x: (B, H, W, dim). labels: (B, H, W, K) or None. rand: for drop path, (B,) for the
-        branch; a second one is not used."""
-        x = x + self.drop_path(self.branch(x), rand[0])
+    def forward(self, x, labels=None):
+        """x: (B, H, W, dim). labels: (B, H, W, K) or None."""
+        x = x + self.branch(x)
         labels = tl_align.residual(labels, attend(labels, self.dwconv.weight))
         return x, labels
 
@@ -101,7 +99,6 @@ class ConvNeXt(nn.Module):
         num_classes=1000,
         embed_dim=96,
         depths=(3, 3, 9, 3),
-        drop_path_rate=0.0,
         layer_scale=1e-6,
     ):
         super().__init__()
@@ -113,34 +110,23 @@ class ConvNeXt(nn.Module):
         stem = nn.Sequential(patch_conv, nn.LayerNorm(embed_dim, eps=1e-6))
         self.downsample_layers = nn.ModuleList([stem])
         self.stages = nn.ModuleList()
-        rates = [drop_path_rate * i / max(1, self.depth - 1) for i in range(self.depth)]
         for i, depth in enumerate(depths):
             dim = embed_dim * 2**i
             if i > 0:
                 self.downsample_layers.append(Downsample(dim // 2))
-            start = sum(depths[:i])
-            blocks = [Block(dim, layer_scale, rate) for rate in rates[start : start + depth]]
-            self.stages.append(nn.ModuleList(blocks))
+            self.stages.append(nn.ModuleList(Block(dim, layer_scale) for _ in range(depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
 
     def forward(self, images, labels=None, rand=None):
         """Class logits and, if labels are given, the mean label of all tokens.
 
-        Arguments, shapes and errors as for `swin.Swin.forward`.
+        Arguments, shapes and errors as for `swin.Swin.forward`; rand is not used, as there is no
+        drop path.
         """
         x, labels = self.embed(images, labels)
-        if rand is None:
-            block_rand = [(None, None)] * self.depth
-        else:
-            block_rand = rand.permute(1, 2, 0)  # (depth, 2, B)
-        i = 0
         for layer in self.layers():
-            if isinstance(layer, Block):
-                x, labels = layer(x, labels, block_rand[i])
-                i += 1
-            else:
-                x, labels = layer(x, labels)
+            x, labels = layer(x, labels)
         logits = self.head(self.norm(x.mean((1, 2))))
         return logits if labels is None else (logits, labels.mean((1, 2)))
 
@@ -159,10 +145,6 @@ class ConvNeXt(nn.Module):
         x = norm(rearrange(patch_conv(images), "b d h w -> b h w d"))
         labels = None if labels is None else rearrange(labels, "b (h w) k -> b h w k", h=height)
         return x, labels
-
-    def convert_state_dict(self, state):
-        """Meta's checkpoints fit as they are."""
-        return dict(state)
 
 
 def convnext_micro(**kwargs):

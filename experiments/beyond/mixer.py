@@ -24,25 +24,20 @@ class Block(nn.Module):
     """A layer with two MLPs: one over the positions of each channel, one over the channels of each
     token. num_tokens: an MLP over positions is made for this many."""
 
-    def __init__(self, dim, num_tokens, drop_path=0.0):
+    def __init__(self, dim, num_tokens):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp_tokens = mlp(num_tokens, dim // 2)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp_channels = mlp(dim, 4 * dim)
-        self.drop_path = vit.DropPath(drop_path)
 
-    def forward(self, x, labels=None, rand=(None, None)):
-        """x: (B, N, dim). labels: (B, N, K) or None. rand: for drop path, (B,) for each of the
-        two branches."""
-        mixed = self.mlp_tokens(self.norm1(x).mT).mT
+    def forward(self, x, labels=None):
+        """x: (B, N, dim). labels: (B, N, K) or None."""
+        x = x + self.mlp_tokens(self.norm1(x).mT).mT
         matrix = self.mixing_matrix().expand(len(x), 1, -1, -1)  # of a single head
-        mixed_labels = tl_align.attend(labels, matrix)
+        labels = tl_align.residual(labels, tl_align.attend(labels, matrix))  # Y = (Y + A @ Y) / 2
 
-        x = x + self.drop_path(mixed, rand[0])
-        labels = tl_align.residual(labels, mixed_labels)  # Y = (Y + A @ Y) / 2
-
-        x = x + self.drop_path(self.mlp_channels(self.norm2(x)), rand[1])
+        x = x + self.mlp_channels(self.norm2(x))
         # The second MLP acts on each token separately: labels are unchanged.
         return x, labels
 
@@ -70,15 +65,7 @@ class Mixer(nn.Module):
 
     check_shapes = vit.ViT.check_shapes
 
-    def __init__(
-        self,
-        img_size=224,
-        patch_size=16,
-        num_classes=1000,
-        embed_dim=512,
-        depth=8,
-        drop_path_rate=0.0,
-    ):
+    def __init__(self, img_size=224, patch_size=16, num_classes=1000, embed_dim=512, depth=8):
         super().__init__()
         tl_align.check_tiling((img_size, img_size), patch_size)
         self.img_size = img_size
@@ -87,23 +74,19 @@ class Mixer(nn.Module):
         self.depth = depth
         patch_conv = nn.Conv2d(3, embed_dim, patch_size, stride=patch_size)
         self.stem = nn.Sequential(OrderedDict(proj=patch_conv))
-        rates = [drop_path_rate * i / max(1, depth - 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(Block(embed_dim, self.grid_size**2, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(embed_dim, self.grid_size**2) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.head = nn.Linear(embed_dim, num_classes)
 
     def forward(self, images, labels=None, rand=None):
         """Class logits and, if labels are given, the mean label of all tokens.
 
-        Arguments, shapes and errors as for `vit.ViT.forward`.
+        Arguments, shapes and errors as for `vit.ViT.forward`; rand is not used, as there is no drop
+        path.
         """
         x, labels = self.embed(images, labels)
-        if rand is None:
-            block_rand = [(None, None)] * self.depth
-        else:
-            block_rand = rand.permute(1, 2, 0)  # (depth, 2, B)
-        for i, block in enumerate(self.blocks):
-            x, labels = block(x, labels, block_rand[i])
+        for block in self.blocks:
+            x, labels = block(x, labels)
         logits = self.head(self.norm(x).mean(1))
         return logits if labels is None else (logits, labels.mean(1))
 
@@ -111,10 +94,6 @@ class Mixer(nn.Module):
         """Tokens (B, N, embed_dim) and their labels (B, N, K) before the first block."""
         self.check_shapes(images, labels)
         return rearrange(self.stem(images), "b d h w -> b (h w) d"), labels
-
-    def convert_state_dict(self, state):
-        """timm's checkpoints fit as they are, for images of their size."""
-        return dict(state)
 
 
 def mixer_micro(**kwargs):

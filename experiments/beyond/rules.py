@@ -23,7 +23,6 @@ depends on what stands in for a source that is taken away, the mean patch or oth
 known objects of the built-in images. ± is half of a 95 % interval over seeds.
 """
 
-import functools
 import itertools
 import sys
 from pathlib import Path
@@ -52,6 +51,7 @@ MODELS = {
     "mixer_micro": (mixer.mixer_micro, "vit_micro"),
     "convnext_micro": (convnext.convnext_micro, "swin_micro"),
 }
+NUM_MIXES = 600
 NUM_OTHERS = 4  # images that stand in for a source
 
 # ------------------------------------------------------------------------------------------------
@@ -188,18 +188,17 @@ def layers(model):
 
 
 @torch.no_grad()
-def align(model, images, labels, rule, rand=None):
-    """The label of what the head reads, (B, 1), by a rule.
+def align(model, images, labels, rule):
+    """The label of what the head reads, (B, 1), by a rule, without drop path.
 
-    images, labels, rand: as for the model; labels have one column, the partner's share.
+    images, labels: as for the model; labels have one column, the partner's share.
     """
     with torch.autocast(images.device.type, enabled=False):
         x, labels = model.embed(images, torch.cat([1 - labels, labels], dim=-1))
-        block_rand = iter([(None, None)] * model.depth if rand is None else rand.permute(1, 2, 0))
         for layer in layers(model):
             moved = MOVE[type(layer)](layer, x, labels)
             labels = rule(x, labels, moved)
-            x, _ = layer(x) if moved.branch is None else layer(x, None, next(block_rand))
+            x, _ = layer(x)
         if isinstance(model, vit.ViT):
             return labels[:, 0, 1:]  # the class token's
         return rule(x, labels, pool(model, x, labels))[:, 1:]
@@ -210,7 +209,7 @@ def rule_loss(model, images, targets, mask, rand, args):
     `train.mixed_loss`; the model must not be compiled."""
     mixed = tl_align.mix(images, mask)
     labels = tl_align.token_labels(mask, args.patch_size)
-    share = align(model, mixed, labels, RULES[args.rule], rand)
+    share = align(model, mixed, labels, RULES[args.rule])
     logits = model(mixed, rand=rand)
     return tl_align.mixed_cross_entropy(logits.float(), targets, share, args.smoothing)
 
@@ -228,28 +227,28 @@ TARGETS = {
 
 
 def make_runs(args):
-    """{(model, target, seed): common.Run}."""
+    """{(model, target, seed): settings}."""
     runs = {}
     for seed, model, target in itertools.product(range(args.seeds), args.models, args.targets):
-        open_datasets = functools.partial(compare.open_datasets, args, seed)
-        changes = {"compile": False, "architecture": model, **TARGETS[target]}
-        runs[model, target, seed] = common.make_run(
-            args, MODELS[model][1], f"{model}-{target}", seed, open_datasets, train_run, **changes
-        )
+        own = {"architecture": model, "model": MODELS[model][1], "seed": seed, "clutter": 0.0}
+        own |= TARGETS[target]
+        label = f"{model}-{target}"
+        runs[model, target, seed] = common.make_run(args, compare.open_datasets, label, **own)
     return runs
 
 
-def make_model(run):
-    settings = run.settings
+def make_model(settings, num_classes):
     torch.manual_seed(settings.seed)
     model_class, _ = MODELS[settings.architecture]
     sizes = {"img_size": settings.img_size, "patch_size": settings.patch_size}
-    return model_class(num_classes=len(run.open_datasets().classes), **sizes)
+    return model_class(num_classes=num_classes, **sizes)
 
 
-def train_run(run):
-    loss = rule_loss if hasattr(run.settings, "rule") else train.mixed_loss
-    common.train_run(run, make_model(run), loss=loss)
+def train_run(settings):
+    datasets = compare.open_datasets(settings)
+    model = make_model(settings, len(datasets.classes))
+    loss = rule_loss if hasattr(settings, "rule") else train.mixed_loss
+    common.train_run(settings, datasets, model, loss=loss)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -266,12 +265,12 @@ def predict_shares(model, mixed, mask):
 
 
 @torch.no_grad()
-def measure_run(run, num_mixes):
+def measure_run(settings):
     """The shares and the truths of a run's model, {rule: (n,)} and {truth: (n,)}. Every run is
     shown the same mixes."""
-    settings = run.settings
-    model = common.load_model(run, make_model(run))
-    mixes = mixing_ratio.make_mixes(run.open_datasets().val, num_mixes, settings, "rules")
+    datasets = compare.open_datasets(settings)
+    model = common.load_model(settings, make_model(settings, len(datasets.classes)))
+    mixes = mixing_ratio.make_mixes(datasets.val, NUM_MIXES, settings, "rules")
     others = choose_others(mixes.images)
     truths = {
         "mean patch": mixing_ratio.influence(model, mixes.mixed, mixes.mask, [mixes.blank]),
@@ -305,27 +304,18 @@ def make_error_rows(measured):
 
 
 def main():
-    parser = common.make_image_parser(__doc__)
-    parser.set_defaults(models=list(MODELS))
-    parser.set_defaults(clutter=0.0)  # for `compare.open_datasets`
-    add = parser.add_argument
-    add("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    add("--mixes", type=train.number(int, 10), default=600, help="mixed images to look at [600]")
+    parser = common.make_image_parser(__doc__, MODELS, MODELS)
+    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
     args = parser.parse_args()
-    unknown = set(args.models) - set(MODELS)
-    if unknown:
-        raise data.UserError(f"--models {' '.join(unknown)}: expected some of {', '.join(MODELS)}")
     args.targets = list(dict.fromkeys(["area", *args.targets]))
     runs = make_runs(args)
-    common.run_all(runs.values(), args.jobs)
+    common.run_all(train_run, runs.values(), args.jobs)
 
     accuracy, errors = [], []
     for model in args.models:
         top1 = common.read_results(runs, model, args.targets, args.seeds)
         accuracy += [[model, *row] for row in common.make_rows(top1, "area")]
-        measured = [
-            measure_run(runs[model, "area", seed], args.mixes) for seed in range(args.seeds)
-        ]
+        measured = [measure_run(runs[model, "area", seed]) for seed in range(args.seeds)]
         errors += [[model, *row] for row in make_error_rows(measured)]
     text = common.markdown_table(["model", "target", "top-1 %", "difference to area"], accuracy)
     header = ["model", "rule", *(f"error: {truth}" for truth in measured[0][1])]

@@ -36,6 +36,7 @@ TUBELET = 4  # frames, rows and columns of a tubelet
 STEPS = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # rows, columns
 
 METHODS = ("no mixing", "area", "TL-Align")
+NUM_MIXES = 500
 
 # ------------------------------------------------------------------------------------------------
 # Clips.
@@ -66,10 +67,11 @@ def draw_clips(n, *name):
     return TensorDataset(lay_out(clips), targets)
 
 
-def make_datasets(args, seed):
-    """--images clips that the seed draws, each --passes times, and --val-images for validation."""
-    clips = Subset(draw_clips(args.images, seed), list(range(args.images)) * args.passes)
-    val_clips = draw_clips(args.val_images, "val")
+def open_datasets(settings):
+    """Clips that the seed draws, each as often as there are passes, and others to validate on."""
+    clips = draw_clips(settings.images, settings.seed)
+    clips = Subset(clips, list(range(settings.images)) * settings.passes)
+    val_clips = draw_clips(settings.val_images, "val")
     return data.Datasets(clips, val_clips, [str(step) for step in STEPS], hflip=False)
 
 
@@ -97,8 +99,8 @@ def clip_loss(model, images, targets, mask, rand, args):
     """`train.mixed_loss` with a box in space and time. That of the trainer is for images, so it
     says only whether clips are mixed."""
     if mask is not None:
-        # The model has no drop path, so the random numbers of its first two blocks, (b, 2, 2), are
-        # free: (b, 4).
+        # The trainer draws two numbers a block for drop path, which the model does not have. A box
+        # needs four: those of two blocks, (b, 2, 2).
         mask = cutmix_mask(rand[:, :2].flatten(1))
     return train.mixed_loss(model, images, targets, mask, None, args)
 
@@ -114,17 +116,16 @@ class ClipLoader(data.InMemoryLoader):
             yield self.images[index], self.targets[index]
 
 
-def train_run(run):
-    common.train_run(run, loss=clip_loss, make_loader=ClipLoader)
+def train_run(settings):
+    common.train_run(settings, open_datasets(settings), loss=clip_loss, make_loader=ClipLoader)
 
 
 @torch.no_grad()
-def measure_run(run, num_mixes):
+def measure_run(settings):
     """As `rules.measure_run`: the shares by each rule, and the influence."""
-    settings = run.settings
-    model = common.load_model(run)
-    clips = run.open_datasets().val.tensors[0]
-    n = min(num_mixes, len(clips)) // 2 * 2
+    model = common.load_model(settings, train.build_model(settings, len(STEPS)))
+    clips = open_datasets(settings).val.tensors[0]
+    n = min(NUM_MIXES, len(clips)) // 2 * 2
     clips = data.normalize(clips[:n].to(settings.device))
     mask = cutmix_mask(data.uniform((len(clips), 4), "video").to(settings.device))
     mixed = tl_align.mix(clips, mask)
@@ -134,14 +135,11 @@ def measure_run(run, num_mixes):
 
 
 def make_runs(args):
-    """{("", method, seed): common.Run}."""
+    """{("", method, seed): settings}."""
     runs = {}
     for seed, method in itertools.product(range(args.seeds), METHODS):
-        open_datasets = functools.partial(make_datasets, args, seed)
-        changes = compare.METHODS[method]
-        runs["", method, seed] = common.make_run(
-            args, "vit_micro", f"vit_micro-{method}", seed, open_datasets, train_run, **changes
-        )
+        own = {"model": "vit_micro", "seed": seed, **compare.METHODS[method]}
+        runs["", method, seed] = common.make_run(args, open_datasets, f"vit_micro-{method}", **own)
     return runs
 
 
@@ -153,16 +151,15 @@ def main():
     add("--val-images", type=count, default=1000, help="validation clips [%(default)s]")
     add("--passes", type=train.number(int, 1), default=60, help="over the clips [%(default)s]")
     add("--batch-size", type=count, default=50, help="[%(default)s]")
-    add("--mixes", type=count, default=500, help="mixed clips to look at [%(default)s]")
-    parser.set_defaults(data="clips", root="")  # for `common.make_run`
+    parser.set_defaults(data="clips")  # for `common.make_run`
     args = parser.parse_args()
     runs = make_runs(args)
-    common.run_all(runs.values(), args.jobs)
+    common.run_all(train_run, runs.values(), args.jobs)
 
     top1 = common.read_results(runs, "", METHODS, args.seeds)
     rows = common.make_rows(top1, "area")
     text = common.markdown_table(["trained with", "top-1 %", "difference to area"], rows)
-    measured = [measure_run(runs["", "area", seed], args.mixes) for seed in range(args.seeds)]
+    measured = [measure_run(runs["", "area", seed]) for seed in range(args.seeds)]
     rows = rules.make_error_rows(measured)
     text += "\n" + common.markdown_table(["rule", "error of the share"], rows)
     num_mixes = len(measured[0][0]["area"])

@@ -177,7 +177,7 @@ def train_run(settings, datasets, model=None, validate=None, **options):
 
 def load_model(settings, model):
     """The trained model of a run, in evaluation mode, without gradients. model: one like it."""
-    checkpoint = torch.load(f"{settings.out}/last.pt", weights_only=True)
+    checkpoint = train.load_checkpoint(f"{settings.out}/last.pt")
     model.load_state_dict(checkpoint["model"])
     return model.to(settings.device).eval().requires_grad_(False)
 

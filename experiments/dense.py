@@ -49,22 +49,18 @@ class Backbone(nn.Module):
         self.channels = [x.shape[1] for x in maps]
         self.strides = [settings.size // x.shape[2] for x in maps]
 
-    def forward(self, images, rand=None):
-        """images: (B, 3, S, S), normalized. rand: (B, depth, 2), for drop path; drawn if None."""
-        if rand is None:
-            rand = [(None, None)] * self.model.depth
-        else:
-            rand = rand.permute(1, 2, 0)  # (depth, 2, B)
+    def forward(self, images):
+        """images: (B, 3, S, S), normalized."""
         if isinstance(self.model, vit.ViT):
-            return vit_maps(self.model, images, rand)
-        return swin_maps(self.model, images, rand)
+            return vit_maps(self.model, images)
+        return swin_maps(self.model, images)
 
 
-def vit_maps(model, images, rand):
+def vit_maps(model, images):
     """The patch tokens after the last block as a map, enlarged or max-pooled to four strides."""
     x, _ = model.embed(images)
-    for block, block_rand in zip(model.blocks, rand, strict=True):
-        x, _ = block(x, rand=block_rand)
+    for block in model.blocks:
+        x, _ = block(x)
     x = model.norm(x)[:, 1:]  # without the class token
     x = rearrange(x, "b (h w) d -> b d h w", h=model.grid_size)
     maps = []
@@ -77,14 +73,13 @@ def vit_maps(model, images, rand):
     return maps
 
 
-def swin_maps(model, images, rand):
+def swin_maps(model, images):
     """The tokens after each stage, normalized, as in the detectors of Swin's authors."""
     x, _ = model.embed(images)
-    rand = iter(rand)
     maps = []
     for stage in model.layers:
         for block in stage.blocks:
-            x, _ = block(x, rand=next(rand))
+            x, _ = block(x)
         maps.append(F.layer_norm(x, x.shape[-1:]))
         if stage.downsample is not None:
             x, _ = stage.downsample(x)
@@ -190,7 +185,7 @@ class Loader(DataLoader):
     def __iter__(self):
         device, seed = self.settings.device, self.settings.seed
         for step, (images, targets) in enumerate(super().__iter__(), self.batch_sampler.first_step):
-            # torchvision's detectors draw from torch's global generators, too.
+            # Drop path and torchvision's detectors draw from torch's global generators, too.
             torch.manual_seed(data.generator(seed, "step", step, train.get_rank()).initial_seed())
             yield data.to_device(images, device), [to_device(target, device) for target in targets]
 
@@ -207,8 +202,7 @@ def to_device(target, device):
 def finetune(settings, datasets, model, loss, transform, score):
     """Fine-tune the model of a run, from its last checkpoint if there is one, and score it.
 
-    loss: as for `train.train`. score(model, dataset, settings): a dict of results. model.depth is
-    that of the backbone, for drop path.
+    loss: as for `train.train`. score(model, dataset, settings): a dict of results.
     """
 
     @torch.no_grad()

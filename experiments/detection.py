@@ -53,7 +53,7 @@ class Detector(nn.Module):
     def __init__(self, settings, num_classes, has_masks):
         super().__init__()
         self.encoder = dense.Backbone(settings)
-        self.depth = self.encoder.model.depth
+        self.depth = self.encoder.model.depth  # which train.py asks for
         self.num_classes = num_classes
         width = settings.width
         last_level = ops.feature_pyramid_network.LastLevelMaxPool()
@@ -75,10 +75,10 @@ class Detector(nn.Module):
             options["mask_predictor"] = MaskRCNNPredictor(width, width, num_classes + 1)
         self.net = (MaskRCNN if has_masks else FasterRCNN)(fpn, **options)
 
-    def forward(self, images, rand=None, targets=None):
+    def forward(self, images, targets=None):
         """images: (B, 3, S, S), normalized. targets: dicts of boxes, labels, crowd and masks.
         Returns a dict of losses in training, else a dict of boxes, scores and labels an image."""
-        maps = self.net.backbone({str(i): x for i, x in enumerate(self.encoder(images, rand))})
+        maps = self.net.backbone({str(i): x for i, x in enumerate(self.encoder(images))})
         maps = {name: x.float() for name, x in maps.items()}
         images = ImageList(images, [tuple(images.shape[2:])] * len(images))
         with torch.autocast(images.tensors.device.type, enabled=False):  # bf16 rounds boxes to 4 px
@@ -94,7 +94,7 @@ def loss(model, images, targets, mix_mask, rand, settings):
         keep = ~target["crowd"] & (ops.box_area(target["boxes"]) > 0)
         kept.append({name: x[keep] for name, x in target.items()})
         kept[-1]["labels"] = kept[-1]["labels"] + 1  # 0 is the background
-    return sum(model(images, rand, kept).values())
+    return sum(model(images, kept).values())
 
 
 # ------------------------------------------------------------------------------------------------

@@ -90,22 +90,22 @@ class Segmenter(nn.Module):
     def __init__(self, settings, num_classes):
         super().__init__()
         self.encoder = dense.Backbone(settings)
-        self.depth = self.encoder.model.depth
+        self.depth = self.encoder.model.depth  # which train.py asks for
         self.num_classes = num_classes
         self.head = UperNet(self.encoder.channels, num_classes, settings.width)
         if train.get_world_size() > 1 and settings.device == "cuda":
             self.head = nn.SyncBatchNorm.convert_sync_batchnorm(self.head)
 
-    def forward(self, images, rand=None):
+    def forward(self, images):
         """images: (B, 3, S, S), normalized. Returns logits (B, num_classes, S, S)."""
-        return resize(self.head(self.encoder(images, rand)), images.shape[2:])
+        return resize(self.head(self.encoder(images)), images.shape[2:])
 
 
 def loss(model, images, targets, mix_mask, rand, settings):
     """Cross-entropy, the mean over all pixels, to which unlabelled ones add nothing. targets: dicts
     of mask (S, S) uint8."""
     masks = torch.stack([target["mask"] for target in targets]).long()
-    logits = model(images, rand).float()
+    logits = model(images).float()
     return F.cross_entropy(logits, masks, ignore_index=UNLABELLED, reduction="none").mean()
 
 

@@ -894,13 +894,16 @@ def train(
     def save_last():
         trainer.save(out / "last.pt", progress, identity)
 
+    def end_if_stopped():
+        if any_process(stop.signal != 0):
+            print0(f"stopped after step {progress.step}: the same command resumes the run")
+            sys.exit(128 + (stop.signal or signal.SIGTERM))
+
     with StopRequest() as stop:
         while len(progress.history) < args.epochs:
             train_one_epoch(trainer, loader, progress, stop, save_last)
             save_last()  # also before the validation, which takes minutes on a large dataset
-            if any_process(stop.signal != 0):
-                print0(f"stopped after step {progress.step}: the same command resumes the run")
-                sys.exit(128 + (stop.signal or signal.SIGTERM))
+            end_if_stopped()
             is_best = end_epoch(progress, validate(trainer.eval_model), len(loader), args)
             if get_rank() == 0:  # before last.pt, which says that the epoch is done
                 lines = [json.dumps(entry) + "\n" for entry in progress.history]
@@ -908,6 +911,7 @@ def train(
             if is_best:
                 trainer.save(out / "best.pt", progress, identity)
             save_last()
+            end_if_stopped()
     return progress
 
 

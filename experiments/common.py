@@ -216,7 +216,8 @@ def run_all(function, runs, num_processes=None):
             for future in as_completed(futures):
                 future.result()
         except BaseException:  # such as Ctrl-C
-            pool.shutdown(wait=False, cancel_futures=True)
+            for future in futures:
+                future.cancel()
             for process in multiprocessing.active_children():
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, STOP_SIGNAL)

@@ -147,6 +147,10 @@ def files_digest(root, paths):
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
+def content_digest(path):
+    return hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest()
+
+
 class Augmented(Dataset):
     """What transform(image, target) makes of a dataset's items, for the keys of
     `data.TrainSampler`. torchvision's transforms draw from torch's global generator, which is
@@ -282,7 +286,7 @@ def make_settings(args, recipes, datasets, checkpoint, seed):
     settings = train.parse_args(argv)  # with the settings of the checkpoint's model
     settings.eval = None
     settings.finetune = str(Path(checkpoint).resolve())
-    settings.finetune_digest = hashlib.blake2b(Path(checkpoint).read_bytes()).hexdigest()
+    settings.finetune_digest = content_digest(checkpoint)
     settings.data = args.data
     settings.workers = args.workers
     settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)

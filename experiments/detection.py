@@ -184,7 +184,8 @@ def open_folder(folder):
         files += [paths[0], *[path for path, _ in parts[-1].images]]
     if parts[0].classes != parts[1].classes:
         raise UserError(f"the files of annotations in {folder} must have the same categories")
-    digest = dense.files_digest(Path(folder), files)
+    digest = dense.files_digest(Path(folder), files)  # names and sizes
+    digest += "".join(dense.content_digest(path) for path in files if path.suffix == ".json")
     return data.Datasets(*parts, parts[0].classes, digest=digest)
 
 

@@ -443,6 +443,10 @@ def test_cocos_boxes_masks_and_crowds(tmp_path):
     assert datasets.train[1][1]["masks"].shape == (0, 40, 50)  # an image without objects
     assert "masks" not in datasets.val[0][1]
 
+    coco(tmp_path, "val", {"segmentation": None, "bbox": [2, 3, 10, 10]})  # of the same length
+    detection.open_folder.cache_clear()
+    assert detection.open_datasets(str(tmp_path), 0).digest != datasets.digest
+
     (tmp_path / "val2017" / "7.jpg").unlink()
     with pytest.raises(data.UserError, match="cannot read .*val2017/7.jpg"):
         datasets.val[0]

@@ -16,7 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, assert_one_line, assert_same_weights, make_args, read_weights
+from helpers import (
+    TINY,
+    assert_one_line,
+    assert_same_weights,
+    make_args,
+    read_metrics,
+    read_weights,
+)
 
 import data
 import tl_align
@@ -129,6 +136,24 @@ def test_run_that_continues_with_another_batch_size_starts_its_epoch_again(
     done = train(*args, "--epochs", 3, "--batch-size", 4, "--resume")
     assert done.status == 0 and "--batch-size 8 (now 4)" in done.out
     assert steps[6:] == [(step, 4) for step in range(6, 18)]  # epochs of six steps
+
+
+def test_signal_during_a_validation_ends_the_run_after_it(train, folder, tmp_path, monkeypatch):
+    args = ("--data", folder, *TINY, "--out", "run")
+    evaluate = script.evaluate
+
+    def interrupt(*args, **kwargs):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "evaluate", interrupt)
+        for epoch in (1, 2):
+            stopped = train(*args)
+            assert stopped.status == 128 + signal.SIGTERM
+            assert f"stopped after step {3 * epoch}" in stopped.out
+            assert len(read_metrics(tmp_path / "run")) == epoch
+    assert "run is finished" in train(*args).out
 
 
 def test_run_is_resumed_on_the_same_images_only(train, folder, tmp_path):

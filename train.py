@@ -652,7 +652,7 @@ class Progress:
     """How far a run is; saved with its checkpoints."""
 
     step: int = 0  # optimizer steps so far
-    best_top1: float = -1.0  # the best of the validation's first results
+    best_top1: float = -1.0  # the largest first result of `validate` so far
     history: list = dataclasses.field(default_factory=list)  # an entry per epoch, see `end_epoch`
     epoch_loss: float = 0.0  # sums over the steps of the epoch so far
     epoch_seconds: float = 0.0
@@ -896,7 +896,9 @@ def train(
 
     def end_if_stopped():
         if any_process(stop.signal != 0):
-            print0(f"stopped after step {progress.step}: the same command resumes the run")
+            is_finished = len(progress.history) >= args.epochs
+            advice = "the run is finished" if is_finished else "the same command resumes the run"
+            print0(f"stopped after step {progress.step}: {advice}")
             sys.exit(128 + (stop.signal or signal.SIGTERM))
 
     with StopRequest() as stop:
@@ -916,8 +918,8 @@ def train(
 
 
 def end_epoch(progress, results, steps_per_epoch, args):
-    """Add the line of an epoch in metrics.jsonl to the history. results: of the validation. Returns
-    whether the first of them is the best so far."""
+    """Add the line of an epoch in metrics.jsonl to the history. results: what `validate` returned.
+    Returns whether the first of them is the best so far."""
     entry = {
         "epoch": len(progress.history) + 1,
         "step": progress.step,

@@ -1,8 +1,8 @@
 """Shared by the experiments: runs in parallel, predictions, statistics and tables.
 
-A run is one of `train.train`, in a folder of its own in --runs whose name ends in a digest of its
-settings and images. So the same command continues where it was stopped and skips what is finished,
-and another command trains anew.
+A run is one call of `train.train`, in its own folder under --runs. The folder's name ends in a
+digest of the settings and images: the same command resumes or skips the run, other settings train
+anew.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def make_parser(doc):
     add(
         "--jobs",
         type=train.number(int, 0),
-        help="processes; 0: none beside this one [one per core]",
+        help="processes; 0: none beside this one [one per core, or five on a GPU]",
     )
     add("--device", default=device, choices=["cpu", "cuda"])
     add("--runs", default="runs/experiments", help="folder of runs and results [%(default)s]")
@@ -56,11 +56,11 @@ def make_image_parser(doc, models=train.MODELS, default_models=("vit_micro", "sw
     count = train.number(int, 1)
     count_or_all = train.number(int, 0)
     add("--data", default="shapes", help="as for train.py [%(default)s]")
-    add("--models", nargs="+", default=list(default_models), choices=models, help="[%(default)s]")
+    add("--models", nargs="+", default=list(default_models), choices=models, help="%(default)s")
     add("--images", type=count_or_all, default=60, help="for training; 0: all [%(default)s]")
     add("--passes", type=count, default=100, help="over the images [%(default)s]")
     add("--batch-size", type=count, default=30, help="[%(default)s]")
-    add("--val-images", type=count_or_all, default=0, help="0: all [%(default)s]")
+    add("--val-images", type=count_or_all, default=0, help="for validation; 0: all [%(default)s]")
     return parser
 
 
@@ -105,8 +105,8 @@ def choose(dataset, num_images, *name):
 
 
 def choose_images(datasets, settings):
-    """The training images that the seed draws, each as often as there are passes, since a run is a
-    single epoch; and the validation images, the same for every seed."""
+    """The training images that the seed draws, repeated `passes` times, since a run is a single
+    epoch; and the validation images, the same for every seed."""
     indices = choose(datasets.train, settings.images, settings.seed) * settings.passes
     val_indices = choose(datasets.val, settings.val_images, "val")
     return datasets._replace(
@@ -139,7 +139,9 @@ def set_folder(settings, datasets, runs, label):
     identity["args"] = {
         name: value for name, value in vars(settings).items() if name not in train.RESUMABLE_ARGS
     }
-    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(
+        json.dumps(identity, sort_keys=True).encode(), digest_size=4
+    ).hexdigest()
     name = f"{label}-{settings.seed}-{digest}".replace(" ", "-")
     settings.out = f"{runs}/{Path(settings.data).resolve().name}/{name}"
 
@@ -176,7 +178,8 @@ def train_run(settings, datasets, model=None, validate=None, **options):
 
 
 def load_model(settings, model):
-    """The trained model of a run, in evaluation mode, without gradients. model: one like it."""
+    """The trained model of a run, in evaluation mode, without gradients. model: an untrained
+    one of the same kind."""
     checkpoint = train.load_checkpoint(f"{settings.out}/last.pt")
     model.load_state_dict(checkpoint["model"])
     return model.to(settings.device).eval().requires_grad_(False)
@@ -201,7 +204,8 @@ def run_all(function, runs, num_processes=None):
     data.print0(f"{len(todo)} of {len(runs)} runs to do")
     tasks = [(function, run, f"{number}/{len(todo)}") for number, run in enumerate(todo, 1)]
     if num_processes is None:
-        num_processes = 5 if torch.cuda.is_available() else train.NUM_CPUS
+        on_cuda = any(settings.device == "cuda" for settings in runs)
+        num_processes = 5 if on_cuda else train.NUM_CPUS
     if num_processes == 0:
         for task in tasks:
             do_run(*task)

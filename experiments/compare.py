@@ -143,12 +143,11 @@ def main():
         own_methods = [method for method in methods if (model, method, 0) in runs]
         top1 = common.read_results(runs, model, own_methods, args.seeds)
         errors = common.read_results(runs, model, own_methods, args.seeds, "calibration_error")
+        gains = {m: [a - b for a, b in zip(top1[m], top1["area"], strict=True)] for m in top1}
         for method, mean, difference in common.make_rows(top1, "area"):
             part = ""
             if method in ("TransMix", "TL-Align") and ORACLE in top1:
-                gains = [a - b for a, b in zip(top1[method], top1["area"], strict=True)]
-                ceiling = [a - b for a, b in zip(top1[ORACLE], top1["area"], strict=True)]
-                part = part_of(gains, ceiling)
+                part = part_of(gains[method], gains[ORACLE])
             rows.append([model, method, mean, difference, common.show(errors[method]), part])
     header = ["model", "method", "top-1 %", "difference to area", "calibration error %"]
     text = common.markdown_table([*header, "part of the ceiling"], rows)

@@ -13,7 +13,7 @@ by fused attention (a second call for the labels):
 
 and with timm's model of that name, where timm is installed, with the area target. Times are ratios
 to the area's with the same attention; timm's, to the area's with explicit attention. Steps are
-timed in turn, and ratios taken within a round, so that a machine that is busy slows all alike; ± is
+timed in turn, and ratios taken within a round, so that a busy machine slows all of them alike; ± is
 half of a 95 % interval over rounds. Memory, on CUDA, is the peak of a step with weights and
 optimizer.
 """
@@ -149,7 +149,7 @@ def measure(settings, rounds):
     rows = []
     for form, target in keys:
         own = seconds[form, target]
-        area = "explicit" if form == "timm" else form, "area"
+        area = ("explicit" if form == "timm" else form, "area")
         rate = settings.batch_size / statistics.median(own)
         ratio = common.show([a / b for a, b in zip(own, seconds[area], strict=True)], digits=3)
         row = [settings.model, settings.img_size, form, target, f"{rate:.1f}", ratio]

@@ -278,15 +278,19 @@ def find_starts(args):
     return starts
 
 
-def make_settings(args, recipes, datasets, checkpoint, seed):
-    """The settings of a run: train.py's, and size, steps, scratch, and what else is in the recipe.
-    recipes: for small and for large images."""
+def make_settings(args, recipes, datasets, checkpoint, seed, scratch=False):
+    """The settings of a run: train.py's, and size, steps, and what else is in the recipe.
+
+    recipes: for small and for large images. scratch: whether to keep the initial weights, and take
+    only the kind of the model from the checkpoint.
+    """
     num_images = len(datasets.train)
     argv = ["--eval", checkpoint, "--seed", str(seed), "--device", args.device]
     settings = train.parse_args(argv)  # with the settings of the checkpoint's model
     settings.eval = None
     settings.finetune = str(Path(checkpoint).resolve())
     settings.finetune_digest = content_digest(checkpoint)
+    settings.scratch = scratch
     settings.data = args.data
     settings.workers = args.workers
     settings.size = args.size or max(32, min(data.median_size(datasets.train), 512) // 32 * 32)
@@ -320,10 +324,12 @@ def run(name, args, recipes, open_datasets, train_run, measures):
     runs = {}
     for (model, start), checkpoints in starts.items():
         for seed, checkpoint in enumerate(checkpoints):
-            label = Path(start).stem if args.checkpoints else f"{model}-{start}"
+            label = f"{model}-{start}"
+            if args.checkpoints:
+                label = f"{Path(start).resolve().parent.name}-{Path(start).stem}"
             datasets = open_datasets(args.data, seed)
-            settings = make_settings(args, recipes, datasets, checkpoint, seed)
-            settings.scratch = start == "from scratch"
+            scratch = start == "from scratch"
+            settings = make_settings(args, recipes, datasets, checkpoint, seed, scratch)
             common.set_folder(settings, datasets, args.runs, f"{name}-{label}")
             runs[model, start, seed] = settings
     common.run_all(train_run, runs.values(), args.jobs)

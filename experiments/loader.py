@@ -99,7 +99,6 @@ def main():
     parser.add_argument("--images", type=count, default=200, help="in a round [200]")
     parser.add_argument("--rounds", type=train.number(int, 1), default=5)
     parser.add_argument("--size", type=count, default=224, help="of the crops, in pixels [224]")
-    parser.add_argument("--out", default="runs/loader", help="folder of the results")
     args = parser.parse_args()
     torch.set_num_threads(1)
 
@@ -117,7 +116,7 @@ def main():
         text = common.markdown_table(["workers' part", "samples/s", "ratio"], rows)
         text += f"\n{len(images)} images of {args.folder or 'its own drawing'}, {args.size} px, "
         text += f"one core, {args.rounds} rounds, torch {torch.__version__}.\n"
-        common.write_results("loader", text, args.out)
+        common.write_results("loader", text, "runs/experiments")
 
 
 if __name__ == "__main__":

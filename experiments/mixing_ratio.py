@@ -38,6 +38,8 @@ import tl_align
 import train
 import transmix
 
+NUM_MIXES = 1000  # on which errors are measured
+
 
 def influence(model, mixed, mask, blanks):
     """The pasted image's share in what the logits owe to both images, (B,).
@@ -61,9 +63,6 @@ def mean_patch(images, patch_size):
     patches = rearrange(images, "b c (h p) (w q) -> (b h w) c p q", p=patch_size, q=patch_size)
     num_patches = images.shape[-1] // patch_size
     return patches.mean(0, keepdim=True).repeat(1, 1, num_patches, num_patches)
-
-
-NUM_MIXES = 1000
 
 
 class Mixes(NamedTuple):

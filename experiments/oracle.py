@@ -23,9 +23,12 @@ def object_share(objects, mask):
 
 class ObjectLoader(data.InMemoryLoader):
     """Training batches of built-in images. Targets are a list of pairs: the class, and the crop of
-    the object's mask, (1, S, S) uint8. dataset: a Subset of the built-in images."""
+    the object's mask, (1, S, S) uint8. dataset: a Subset of the built-in images. Raises UserError.
+    """
 
     def __init__(self, dataset, args, share):
+        if not data.fits_in_memory(dataset, args.img_size):  # then the others crop from files
+            raise data.UserError("the oracle needs fewer --images or --passes, to fit in memory")
         super().__init__(dataset, args, share)
         _, _, masks = data.shapes(data.SHAPES_TRAIN, 0)
         masks = masks[dataset.indices, None].to(self.images)

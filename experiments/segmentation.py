@@ -8,7 +8,7 @@ Without --checkpoints small models are trained on five built-in classes, with th
 and with TL-Align, and fine-tuned with UperNet on scenes with objects of five others. --data is VOC
 (a folder with VOCdevkit/VOC2012), ADE20K (images/training, annotations/training, ...), or has
 {train,val}/{images,masks} and classes.txt, with a name a line. A mask is a PNG of class numbers
-from 0; 255 is unlabelled. Its runs follow one another in this process, unless --jobs is given. From
+from 0; 255 is unlabelled. With --data, runs follow one another in this process by default. From
 256 px on the recipe is that of the paper's baseline on ADE20K, with train.py's learning rate
 schedule, and without the auxiliary head.
 """

@@ -20,6 +20,7 @@ import data
 import train
 
 NUM_IMAGES = 2000  # of the first half
+STARTS = ("from scratch", *compare.PAIR)
 
 
 @functools.cache
@@ -73,23 +74,18 @@ def main():
     finetune_args = argparse.Namespace(**vars(args))
     finetune_args.images, finetune_args.passes = args.finetune_images, args.finetune_passes
     first, second = {}, {}
-    for seed, model in itertools.product(range(args.seeds), args.models):
-        start = "from scratch"
-        second[model, start, seed] = make_run(finetune_args, True, model, start, seed, mix="none")
-        for method in compare.PAIR:
-            run = make_first_run(args, model, method, seed)
-            first[model, method, seed] = run
-            checkpoint = str(Path(run.out, "last.pt").resolve())
-            second[model, method, seed] = make_run(
-                finetune_args, True, model, method, seed, mix="none", finetune=checkpoint
-            )
+    for seed, model, start in itertools.product(range(args.seeds), args.models, STARTS):
+        own = {"mix": "none"}
+        if start in compare.PAIR:
+            run = first[model, start, seed] = make_first_run(args, model, start, seed)
+            own["finetune"] = str(Path(run.out, "last.pt").resolve())
+        second[model, start, seed] = make_run(finetune_args, True, model, start, seed, **own)
     common.run_all(train_run, first.values(), args.jobs)
     common.run_all(train_run, second.values(), args.jobs)
 
     rows = []
     for model in args.models:
-        starts = ("from scratch", *compare.PAIR)
-        top1 = common.read_results(second, model, starts, args.seeds)
+        top1 = common.read_results(second, model, STARTS, args.seeds)
         rows += [[model, *row] for row in common.make_rows(top1, "area")]
     text = common.markdown_table(["model", "trained with", "top-1 %", "difference to area"], rows)
     text += f"\n{common.describe(args)} Then {args.finetune_passes} passes over "

@@ -86,9 +86,7 @@ def settings(parse, checkpoint):
         args = parse("--checkpoints", path, *words)
         datasets = datasets or script.open_datasets("scenes", 0)
         recipes = (script.SMALL, script.LARGE)
-        settings = dense.make_settings(args, recipes, datasets, path, 0)
-        settings.scratch = False
-        return settings
+        return dense.make_settings(args, recipes, datasets, path, 0)
 
     return make
 

@@ -43,7 +43,7 @@ EXPERIMENTS = Path(common.__file__).parent
 @pytest.mark.parametrize("given", [True, False], ids=["a folder", "its own images"])
 def test_loader(here, folder, given):
     words = [folder / "train"] if given else []
-    words += ["--images", 8, "--rounds", 1, "--size", 64, "--out", "runs/experiments"]
+    words += ["--images", 8, "--rounds", 1, "--size", 64]
     _, text = here(loader, *words, common_flags=False)
     assert "| decode once, crop three times |" in text
 

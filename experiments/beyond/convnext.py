@@ -121,8 +121,8 @@ class ConvNeXt(nn.Module):
     def forward(self, images, labels=None, rand=None):
         """Class logits and, if labels are given, the mean label of all tokens.
 
-        Arguments, shapes and errors as for `swin.Swin.forward`; rand is not used, as there is no
-        drop path.
+        Arguments, shapes and errors as for `swin.Swin.forward`. rand, which train.py passes, is
+        ignored: there is no drop path.
         """
         x, labels = self.embed(images, labels)
         for layer in self.layers():

@@ -81,8 +81,8 @@ class Mixer(nn.Module):
     def forward(self, images, labels=None, rand=None):
         """Class logits and, if labels are given, the mean label of all tokens.
 
-        Arguments, shapes and errors as for `vit.ViT.forward`; rand is not used, as there is no drop
-        path.
+        Arguments, shapes and errors as for `vit.ViT.forward`. rand, which train.py passes, is
+        ignored: there is no drop path.
         """
         x, labels = self.embed(images, labels)
         for block in self.blocks:

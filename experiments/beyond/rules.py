@@ -51,7 +51,7 @@ MODELS = {
     "mixer_micro": (mixer.mixer_micro, "vit_micro"),
     "convnext_micro": (convnext.convnext_micro, "swin_micro"),
 }
-NUM_MIXES = 600
+NUM_MIXES = 600  # on which errors are measured
 NUM_OTHERS = 4  # images that stand in for a source
 
 # ------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def layers(model):
 
 @torch.no_grad()
 def align(model, images, labels, rule):
-    """The label of what the head reads, (B, 1), by a rule, without drop path.
+    """The label of what the head reads, (B, 1), by a rule. The model must have no drop path.
 
     images, labels: as for the model; labels have one column, the partner's share.
     """

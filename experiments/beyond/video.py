@@ -35,8 +35,9 @@ SIZE = 16  # frames, rows and columns of a clip
 TUBELET = 4  # frames, rows and columns of a tubelet
 STEPS = [(-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1)]  # rows, columns
 
+MODEL = "vit_micro"
 METHODS = ("no mixing", "area", "TL-Align")
-NUM_MIXES = 500
+NUM_MIXES = 500  # on which errors are measured
 
 # ------------------------------------------------------------------------------------------------
 # Clips.
@@ -68,7 +69,7 @@ def draw_clips(n, *name):
 
 
 def open_datasets(settings):
-    """Clips that the seed draws, each as often as there are passes, and others to validate on."""
+    """Clips that the seed draws, repeated `passes` times, and others to validate on."""
     clips = draw_clips(settings.images, settings.seed)
     clips = Subset(clips, list(range(settings.images)) * settings.passes)
     val_clips = draw_clips(settings.val_images, "val")
@@ -96,11 +97,11 @@ def cutmix_mask(rand):
 
 
 def clip_loss(model, images, targets, mask, rand, args):
-    """`train.mixed_loss` with a box in space and time. That of the trainer is for images, so it
-    says only whether clips are mixed."""
+    """`train.mixed_loss` with a box in space and time. The trainer's mask is for images; here it
+    only tells whether clips are mixed."""
     if mask is not None:
-        # The trainer draws two numbers a block for drop path, which the model does not have. A box
-        # needs four: those of two blocks, (b, 2, 2).
+        # The trainer draws two numbers per block for drop path, which this model lacks. A box needs
+        # four: those of two blocks, (b, 2, 2).
         mask = cutmix_mask(rand[:, :2].flatten(1))
     return train.mixed_loss(model, images, targets, mask, None, args)
 
@@ -135,11 +136,11 @@ def measure_run(settings):
 
 
 def make_runs(args):
-    """{("", method, seed): settings}."""
+    """{(MODEL, method, seed): settings}."""
     runs = {}
     for seed, method in itertools.product(range(args.seeds), METHODS):
-        own = {"model": "vit_micro", "seed": seed, **compare.METHODS[method]}
-        runs["", method, seed] = common.make_run(args, open_datasets, f"vit_micro-{method}", **own)
+        own = {"model": MODEL, "seed": seed, **compare.METHODS[method]}
+        runs[MODEL, method, seed] = common.make_run(args, open_datasets, f"{MODEL}-{method}", **own)
     return runs
 
 
@@ -156,10 +157,10 @@ def main():
     runs = make_runs(args)
     common.run_all(train_run, runs.values(), args.jobs)
 
-    top1 = common.read_results(runs, "", METHODS, args.seeds)
+    top1 = common.read_results(runs, MODEL, METHODS, args.seeds)
     rows = common.make_rows(top1, "area")
     text = common.markdown_table(["trained with", "top-1 %", "difference to area"], rows)
-    measured = [measure_run(runs["", "area", seed]) for seed in range(args.seeds)]
+    measured = [measure_run(runs[MODEL, "area", seed]) for seed in range(args.seeds)]
     rows = rules.make_error_rows(measured)
     text += "\n" + common.markdown_table(["rule", "error of the share"], rows)
     num_mixes = len(measured[0][0]["area"])

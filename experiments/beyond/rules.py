@@ -1,6 +1,6 @@
 """Other rules for labels: are they nearer to the truth, and are they better targets?
 
-    python experiments/beyond/rules.py                   # built-in images, 16 minutes on a core
+    python experiments/beyond/rules.py                   # built-in images, 20 minutes on a core
     python experiments/beyond/rules.py --targets area TL-Align --seeds 24
     python experiments/beyond/rules.py --targets area --data cifar10 --images 10000 --passes 20 \\
         --batch-size 128

@@ -165,10 +165,12 @@ def draw(path, shares, title):
     axes = figure.subplots()
     layers = [layer for method, layer in shares if method == "TL-Align"]
     for method in ("area", "TransMix", "TL-Align"):
-        own = [shares[key] for key in shares if key[0] == method]  # of each layer, or of all
+        own = [shares[key] for key in shares if key[0] == method]
         scores = [common.interval(errors(x, shares["influence", ""])) for x in own]
+        if len(scores) == 1:  # of a method that knows no layers
+            scores = scores * len(layers)
         if scores:
-            means, halves = zip(*scores * (len(layers) // len(scores)), strict=True)
+            means, halves = zip(*scores, strict=True)
             axes.errorbar(layers, means, halves, marker="o", markersize=4, capsize=3, label=method)
     axes.set_xticks(layers)
     axes.set(xlabel="layer", ylabel="error of the share", title=title)

@@ -77,7 +77,8 @@ def main():
     for seed, model, start in itertools.product(range(args.seeds), args.models, STARTS):
         own = {"mix": "none"}
         if start in compare.PAIR:
-            run = first[model, start, seed] = make_first_run(args, model, start, seed)
+            run = make_first_run(args, model, start, seed)
+            first[model, start, seed] = run
             own["finetune"] = str(Path(run.out, "last.pt").resolve())
         second[model, start, seed] = make_run(finetune_args, True, model, start, seed, **own)
     common.run_all(train_run, first.values(), args.jobs)
